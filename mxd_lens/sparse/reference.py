@@ -1,0 +1,26 @@
+"""The operations as their formulas say, in plain torch: slow, dense, obviously right."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def topk_gate(
+    x: Float[Tensor, "*batch d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    k: int,
+) -> tuple[Float[Tensor, "*batch k"], Int[Tensor, "*batch k"]]:
+    """relu of the k largest pre-activations x W_enc + b_enc, and where they are."""
+    values, indices = torch.topk(x @ W_enc + b_enc, k, dim=-1, sorted=False)
+    return values.relu(), indices
+
+
+def sparse_decode(
+    values: Float[Tensor, "*batch k"],
+    indices: Int[Tensor, "*batch k"],
+    W_dec: Float[Tensor, "d_sae d_out"],
+) -> Float[Tensor, "*batch d_out"]:
+    """sum_j values_j W_dec[indices_j]."""
+    a = values.new_zeros(*values.shape[:-1], W_dec.shape[0])
+    return a.scatter_add(-1, indices, values) @ W_dec
