@@ -1,0 +1,529 @@
+"""What every architecture here shares: input at one hook, target at another, decode knowing its input.
+
+The layers differ in one line only, `mix`: how the sparse part C^T a and the input x make the output.
+
+    a = TopK_K(relu(G^T x + b_G))           expert coefficients          [d_sae]
+    y = mix(C^T a, x)                       the layer's output           [d_out]
+
+SAELens attaches a layer by calling `encode(x)` and then `decode(a)`; where `mix` needs x, decode has
+to know which x its activations came from. `EncodedInputs` keeps that, one entry per activation tensor.
+"""
+
+import json
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+from sae_lens.saes.sae import (
+    SAE,
+    SAEMetadata,
+    TrainCoefficientConfig,
+    TrainingSAE,
+    TrainingSAEConfig,
+    TrainStepInput,
+    TrainStepOutput,
+)
+from sae_lens.saes.topk_sae import TopK
+from sae_lens.saes.transcoder import Transcoder, TranscoderConfig
+from sae_lens.util import filter_valid_dataclass_fields
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+from transformer_lens.hook_points import HookPoint
+from typing_extensions import Self, override
+
+from mxd_lens.sparse import sparse_decode, topk_gate
+
+C = TypeVar("C", bound="PairedTranscoderConfig")
+
+
+@dataclass(kw_only=True)
+class PairedTranscoderConfig(TranscoderConfig):
+    """Configuration shared by every architecture here."""
+
+    d_in: int
+    """Width of the input, the activations at `metadata.hook_name`."""
+    d_out: int
+    """Width of the output, the activations at `metadata.hook_name_out`."""
+    d_sae: int
+    """Number of experts (of features, for a transcoder)."""
+    k: int | None
+    """Experts active on a token. None: plain relu, made sparse by an L1 penalty in training."""
+    apply_b_dec_to_input: bool = False
+    """Must be False: b_dec lives in the output space."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.positive_integers():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+        if self.k is not None:
+            if not isinstance(self.k, int) or isinstance(self.k, bool) or self.k < 1:
+                raise ValueError(f"k must be a positive integer, or None for relu sparsity, got {self.k!r}.")
+            if self.k > self.d_sae:
+                raise ValueError(
+                    f"k must be at most d_sae, got k = {self.k} and d_sae = {self.d_sae}: "
+                    "no token can have more active experts than there are."
+                )
+        if self.normalize_activations != "none":
+            raise ValueError(
+                "normalize_activations must be 'none', got "
+                f"{self.normalize_activations!r}: input and target are different activations, and "
+                "SAELens' normalisations assume they are the same."
+            )
+        if self.reshape_activations != "none":
+            raise ValueError(
+                f"reshape_activations must be 'none', got {self.reshape_activations!r}: "
+                "an MLP has no head dimension."
+            )
+
+    @classmethod
+    def positive_integers(cls) -> tuple[str, ...]:
+        """The names of the fields that count something."""
+        return ("d_in", "d_out", "d_sae")
+
+    @classmethod
+    @override
+    def from_dict(cls: type[C], config_dict: dict[str, Any]) -> C:  # type: ignore[override]
+        """The config that `to_dict` wrote; unknown keys are ignored."""
+        known: dict[str, Any] = filter_valid_dataclass_fields(config_dict, cls)
+        known["metadata"] = SAEMetadata(**config_dict.get("metadata", {}))
+        return cls(**known)
+
+
+class EncodedInputs:
+    """Which input each activation tensor was encoded from.
+
+    An entry lives exactly as long as the activation tensor `encode` returned, so nothing is kept
+    alive after use. A tensor that `encode` did not return (an edited copy) belongs to the last
+    encode if that is still waiting for its decode and no other is; its input is held weakly.
+    """
+
+    def __init__(self) -> None:
+        self._input_of: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._waiting: weakref.ref[Tensor] | None = None
+        self._ambiguous = False
+
+    def remember(self, feature_acts: Tensor, sae_in: Tensor) -> None:
+        waiting = self._waiting() if self._waiting is not None else None
+        self._ambiguous = waiting is not None and waiting.shape[:-1] == sae_in.shape[:-1]
+        self._input_of[feature_acts] = sae_in
+        self._waiting = weakref.ref(sae_in)
+
+    def recall(self, feature_acts: Tensor) -> Tensor:
+        """The input of `feature_acts`. Raises ValueError where that is not certain."""
+        sae_in = self._input_of.get(feature_acts)
+        waiting = self._waiting() if self._waiting is not None else None
+        if sae_in is not None:
+            if waiting is sae_in:
+                self._waiting = None
+            return sae_in
+        shape = tuple(feature_acts.shape)
+        if waiting is None:
+            raise ValueError(
+                f"decode got activations of shape {shape} and no encode is waiting for its decode: "
+                "this layer's output depends on its input. Pass it, decode(feature_acts, x)."
+            )
+        if self._ambiguous:
+            raise ValueError(
+                f"decode got activations of shape {shape} that encode did not return, and more than "
+                "one encode is waiting for its decode: pass the input, decode(feature_acts, x)."
+            )
+        self._waiting = None
+        return waiting
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "EncodedInputs":
+        return EncodedInputs()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+
+
+class PairedTranscoder(Transcoder):
+    """A layer y = mix(C^T a, x), a = TopK_k(relu(x W_enc + b_enc)), C = W_dec.
+
+    Subclasses give `mix`. Any leading shape. Hook points keep SAELens' meaning:
+    hook_sae_input (x), hook_sae_acts_pre, hook_sae_acts_post (a), hook_sae_recons (y);
+    hook_expert_out is the part of y that the experts make, before biases and skip connections.
+    """
+
+    cfg: PairedTranscoderConfig  # type: ignore[assignment]
+    b_enc: nn.Parameter
+
+    def __init__(self, cfg: PairedTranscoderConfig) -> None:
+        super().__init__(cfg)
+        self._encoded = EncodedInputs()
+        self.hook_expert_out = HookPoint()
+        self.setup()
+
+    def mix(
+        self, mixture: Float[Tensor, "*batch d_out"], x: Float[Tensor, "*batch d_in"]
+    ) -> Float[Tensor, "*batch d_out"]:
+        """The layer's output from the sparse part C^T a and the input x."""
+        raise NotImplementedError
+
+    @override
+    def get_activation_fn(self) -> nn.Module:
+        return nn.ReLU() if self.cfg.k is None else TopK(self.cfg.k)
+
+    @override
+    def initialize_weights(self) -> None:
+        """W_enc as a linear layer's default, rows of W_dec uniform(-1, 1) at unit norm, biases 0."""
+        cfg = self.cfg
+        self.W_enc = self.new_linear(cfg.d_in, cfg.d_sae)
+        self.b_enc = self.new_parameter(cfg.d_sae)
+        self.W_dec = self.new_parameter(cfg.d_sae, cfg.d_out)
+        self.b_dec = self.new_parameter(cfg.d_out)
+        with torch.no_grad():
+            self.W_dec.uniform_(-1, 1)
+        self.normalize_decoder()
+
+    def new_parameter(self, *shape: int) -> nn.Parameter:
+        """A parameter of zeros with this layer's dtype and device."""
+        return nn.Parameter(torch.zeros(*shape, dtype=self.dtype, device=self.device))
+
+    def new_linear(self, d_in: int, d_out: int) -> nn.Parameter:
+        """A weight [d_in, d_out], uniform(-1, 1) / sqrt(d_in) as in torch.nn.Linear."""
+        weight = self.new_parameter(d_in, d_out)
+        bound = d_in**-0.5
+        nn.init.uniform_(weight, -bound, bound)
+        return weight
+
+    @torch.no_grad()
+    def normalize_decoder(self) -> None:
+        """Scales every row of W_dec to unit norm, in place."""
+        self.W_dec.div_(self.get_W_dec_norm().unsqueeze(-1).to(self.W_dec.dtype))
+
+    def check_input(self, x: Tensor) -> None:
+        """Raises ValueError if x cannot be this layer's input."""
+        if x.shape[-1] != self.cfg.d_in:
+            metadata = self.cfg.metadata
+            raise ValueError(
+                f"expected an input [..., d_in = {self.cfg.d_in}], got {tuple(x.shape)}. This layer "
+                f"was trained on {metadata.model_name or 'an unnamed model'} at "
+                f"{metadata.hook_name or 'an unnamed hook'}: is it attached to another?"
+            )
+
+    @override
+    def process_sae_in(self, sae_in: Tensor) -> Tensor:
+        self.check_input(sae_in)
+        return super().process_sae_in(sae_in)
+
+    @override
+    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """a = TopK_k(relu(x W_enc + b_enc)), dense.
+
+        The tensor returned carries its input with it: `decode(a)` uses x again as long as `a` lives.
+        """
+        sae_in = self.process_sae_in(x)
+        hidden_pre = self.hook_sae_acts_pre(sae_in @ self.W_enc + self.b_enc)
+        feature_acts = self.hook_sae_acts_post(self.activation_fn(hidden_pre))
+        self._encoded.remember(feature_acts, sae_in)
+        return feature_acts
+
+    @override
+    def decode(
+        self,
+        feature_acts: Float[Tensor, "*batch d_sae"],
+        x: Float[Tensor, "*batch d_in"] | None = None,
+    ) -> Float[Tensor, "*batch d_out"]:
+        """y = mix(C^T a, x).
+
+        Args:
+            feature_acts: a, [..., d_sae]: what `encode` returned, or an edited copy of it.
+            x: the input, [..., d_in]. May be left out for the activations of an `encode`.
+
+        Raises:
+            ValueError: x is left out and it is not certain which input the activations belong to,
+                or the shapes do not fit.
+        """
+        if feature_acts.shape[-1] != self.cfg.d_sae:
+            raise ValueError(
+                f"expected activations [..., d_sae = {self.cfg.d_sae}], got {tuple(feature_acts.shape)}."
+            )
+        if x is None:
+            sae_in = self._encoded.recall(feature_acts)
+        else:
+            self.check_input(x)
+            sae_in = x.to(self.dtype)
+        if feature_acts.shape[:-1] != sae_in.shape[:-1]:
+            raise ValueError(
+                f"activations of shape {tuple(feature_acts.shape)} do not belong to an input of "
+                f"shape {tuple(sae_in.shape)}: pass the input they were encoded from, "
+                "decode(feature_acts, x)."
+            )
+        return self.hook_sae_recons(self.mix(feature_acts @ self.W_dec, sae_in))
+
+    @override
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        """y = mix(C^T a, x), with every hook point fired."""
+        return self.hook_sae_output(self.decode(self.encode(x)))
+
+    @override
+    def forward_with_activations(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        feature_acts = self.encode(x)
+        return self.decode(feature_acts), feature_acts
+
+    def active_experts(
+        self, x: Float[Tensor, "*batch d_in"]
+    ) -> tuple[Float[Tensor, "*batch k"], Int[Tensor, "*batch k"]]:
+        """The coefficients of the k active experts and their ids; no dense [..., d_sae] is made.
+
+        Raises:
+            ValueError: the layer has relu sparsity (k is None), where their number varies.
+        """
+        if self.cfg.k is None:
+            raise ValueError("active_experts needs a layer with k; this one has relu sparsity.")
+        return topk_gate(x.to(self.dtype), self.W_enc, self.b_enc, self.cfg.k)
+
+    @override
+    def fold_W_dec_norm(self) -> None:
+        """Makes the rows of W_dec unit norm without changing the outputs.
+
+        Exact for relu sparsity. With k, scaling a row would change which experts are chosen, so it
+        is done only where there is nothing to do: the rows have unit norm already.
+
+        Raises:
+            NotImplementedError: the layer has k and rows that are not of unit norm.
+        """
+        if self.cfg.k is None:
+            super().fold_W_dec_norm()
+            return
+        norms = self.get_W_dec_norm().float()
+        if not torch.allclose(norms, torch.ones_like(norms), atol=1e-2):
+            raise NotImplementedError(
+                f"fold_W_dec_norm would change which k = {self.cfg.k} experts are chosen: the rows "
+                f"of W_dec have norms from {norms.min():.3g} to {norms.max():.3g}."
+            )
+
+    # Loading
+
+    @override
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_loading(state_dict)
+        expected = {name: tuple(p.shape) for name, p in self.state_dict().items()}
+        got = {name: tuple(p.shape) for name, p in state_dict.items()}
+        wrong = [
+            f"{name}: the config says {expected.get(name, 'nothing')}, the weights {got.get(name, 'nothing')}"
+            for name in sorted(expected.keys() | got.keys())
+            if expected.get(name) != got.get(name)
+        ]
+        if wrong:
+            raise ValueError(
+                f"The config of this {type(self).__name__} contradicts its weights. " + "; ".join(wrong)
+            )
+
+    @classmethod
+    @override
+    def from_dict(cls, config_dict: dict[str, Any]) -> Self:
+        """An untrained layer from a config dictionary."""
+        return SAE.from_dict.__func__(cls, config_dict)  # type: ignore[attr-defined]
+
+    @classmethod
+    @override
+    def load_from_disk(cls, path: str | Path, *args: Any, **kwargs: Any) -> Self:
+        """As SAELens' `load_from_disk`, with errors that say what is wrong with the folder.
+
+        Raises:
+            FileNotFoundError: the folder, its cfg.json or its weights are missing.
+            ValueError: the weights are truncated or no safetensors file, the config is not valid, or
+                the two contradict each other, or it holds another architecture than this class.
+        """
+        folder = Path(path)
+        for name in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(
+                    f"{folder} holds no {name}: a saved layer is a folder with {SAE_CFG_FILENAME} "
+                    f"and {SAE_WEIGHTS_FILENAME}."
+                )
+        try:
+            return super().load_from_disk(path, *args, **kwargs)
+        except SafetensorError as e:
+            raise ValueError(
+                f"{folder / SAE_WEIGHTS_FILENAME} is truncated or not a safetensors file ({e})."
+            ) from e
+        except (KeyError, TypeError, json.JSONDecodeError) as e:
+            raise ValueError(
+                f"{folder / SAE_CFG_FILENAME} is not the configuration of a layer ({type(e).__name__}: {e})."
+            ) from e
+
+    @classmethod
+    @override
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        release: str | Path,
+        sae_id: str | None = None,
+        device: str = "cpu",
+        dtype: str | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Loads a layer, as SAELens' `SAE.from_pretrained`.
+
+        Args:
+            release: a local folder, a release name, or a Hugging Face `user/repo`.
+            sae_id: which layer of the release; for a local folder the subfolder, if any.
+            device: where to put it.
+            dtype: its dtype. None: for a local folder the one it was saved in, else float32.
+
+        Raises:
+            FileNotFoundError, ValueError: as `load_from_disk`, for a local folder.
+        """
+        folder = Path(release) / (sae_id or "")
+        if folder.is_dir():
+            return cls.load_from_disk(folder, device=device, dtype=dtype)
+        if sae_id is None:
+            raise FileNotFoundError(
+                f"{folder} is not a folder; for a release on the hub give its sae_id as well."
+            )
+        return super().from_pretrained(
+            str(release), sae_id, device=device, dtype=dtype or "float32", **kwargs
+        )
+
+
+@dataclass(kw_only=True)
+class TrainingPairedTranscoderConfig(PairedTranscoderConfig, TrainingSAEConfig):
+    """What training adds to a configuration."""
+
+    decoder_init_norm: float | None = None
+    """Must be None: the rows of W_dec are kept at unit norm."""
+    l1_coefficient: float = 0.0
+    """Weight of the penalty mean_tokens sum_n |a_n|. Needed where k is None."""
+    l1_warm_up_steps: int = 0
+    """Steps over which the penalty grows to its full weight."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.decoder_init_norm is not None:
+            raise ValueError(
+                "decoder_init_norm must be None: the rows of W_dec are kept at unit norm, "
+                f"got {self.decoder_init_norm}."
+            )
+        if self.l1_coefficient < 0 or (self.k is None and self.l1_coefficient == 0):
+            raise ValueError(
+                "l1_coefficient must be positive where k is None (it is what makes the experts "
+                f"sparse) and never negative, got {self.l1_coefficient} with k = {self.k}."
+            )
+
+
+class TrainingPairedTranscoder(PairedTranscoder, TrainingSAE[Any]):
+    """Trains a `PairedTranscoder` with SAELens' trainer on pairs [x | y].
+
+    Loss, as in the paper's code: mean over tokens and output dimensions of (y_hat - y)^2 / ||y||_2,
+    plus l1_coefficient * mean_tokens sum_n a_n. The rows of C are set to unit norm before every
+    step, and the component of C's gradient parallel to each row is removed.
+    """
+
+    cfg: TrainingPairedTranscoderConfig  # type: ignore[assignment]
+
+    @override
+    def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
+        if self.cfg.l1_coefficient == 0:
+            return {}
+        return {"l1": TrainCoefficientConfig(self.cfg.l1_coefficient, self.cfg.l1_warm_up_steps)}
+
+    @override
+    def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden_pre = self.process_sae_in(x) @ self.W_enc + self.b_enc
+        return self.activation_fn(hidden_pre), hidden_pre
+
+    @override
+    def calculate_aux_loss(
+        self,
+        step_input: TrainStepInput,
+        feature_acts: Tensor,
+        hidden_pre: Tensor,
+        sae_out: Tensor,
+    ) -> dict[str, Tensor]:
+        if "l1" not in step_input.coefficients:
+            return {}
+        return {"l1_loss": step_input.coefficients["l1"] * feature_acts.sum(-1).mean()}
+
+    @override
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """One step's forward pass.
+
+        Args:
+            step_input: `sae_in` is the pair [x | y], [tokens, d_in + d_out].
+
+        Returns:
+            SAELens' TrainStepOutput with the target y as `sae_in`, so that SAELens' logs compare the
+            output with the target; `feature_acts` is sparse.
+
+        Raises:
+            ValueError: the pairs have another width.
+            FloatingPointError: the loss is not finite; raised before any gradient is taken.
+        """
+        d_in, d_out = self.cfg.d_in, self.cfg.d_out
+        if step_input.sae_in.shape[-1] != d_in + d_out:
+            raise ValueError(
+                f"training wants pairs [x | y] of width d_in + d_out = {d_in} + {d_out}, "
+                f"got {tuple(step_input.sae_in.shape)}."
+            )
+        self.normalize_decoder()
+        x, y = step_input.sae_in.to(self.dtype).split([d_in, d_out], dim=-1)
+
+        if self.cfg.k is None:
+            values, hidden_pre = self.encode_with_hidden_pre(x)
+            mixture = values @ TangentGradient.apply(self.W_dec)
+            feature_acts = values.detach().to_sparse()
+        else:
+            values, indices = hidden_pre, _ = topk_gate(x, self.W_enc, self.b_enc, self.cfg.k)
+            mixture = sparse_decode(values, indices, TangentGradient.apply(self.W_dec))
+            feature_acts = sparse_activations(values.detach(), indices, self.cfg.d_sae)
+        y_hat = self.mix(mixture, x)
+
+        squared_error = (y_hat - y).float().pow(2).sum(-1)
+        y_norm = y.float().norm(dim=-1).clamp_min(1e-6)
+        losses = {"mse_loss": (squared_error / y_norm).mean() / d_out}
+        losses |= self.calculate_aux_loss(step_input, values, hidden_pre, y_hat)
+        loss = torch.stack(list(losses.values())).sum()
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss.item()} at this step.")
+        return TrainStepOutput(
+            sae_in=y,
+            sae_out=y_hat,
+            feature_acts=feature_acts,
+            hidden_pre=hidden_pre.detach(),
+            loss=loss,
+            losses=losses,
+            metrics={
+                "normalized_mse": (squared_error.detach() / y_norm.pow(2)).mean(),
+                "l0": (values.detach() > 0).sum(-1).float().mean(),
+            },
+        )
+
+
+def sparse_activations(
+    values: Float[Tensor, "tokens k"], indices: Int[Tensor, "tokens k"], d_sae: int
+) -> Float[Tensor, "tokens d_sae"]:
+    """The activations as a COO tensor, as SAELens' trainer takes them."""
+    tokens = torch.arange(values.shape[0], device=values.device).repeat_interleave(values.shape[1])
+    return torch.sparse_coo_tensor(
+        torch.stack([tokens, indices.flatten()]),
+        values.flatten(),
+        (values.shape[0], d_sae),
+        check_invariants=False,
+    )
+
+
+class TangentGradient(torch.autograd.Function):
+    """The identity, whose gradient loses its component parallel to each (unit norm) row."""
+
+    @staticmethod
+    def forward(ctx: Any, W: Tensor) -> Tensor:
+        ctx.save_for_backward(W)
+        return W.view_as(W)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        (W,) = ctx.saved_tensors
+        return grad - (grad * W).sum(-1, keepdim=True) * W

@@ -1,0 +1,174 @@
+"""The Mixture of Decoders, arXiv 2505.21364: every expert is a full linear decoder of the same z.
+
+z = phi(E^T x + b_E)                 hidden units, dense            [d_hidden]
+a = TopK_k(relu(G^T x + b_G))        expert coefficients            [d_sae]
+y = sum_n a_n W_n^T z + b            W_n = D diag(c_n)              [d_out]
+  = (C^T a) * (D^T z) + b            '*' elementwise: W is never built
+
+Names: G = W_enc, C = W_dec, E = W_hidden, D = W_out, b = b_dec. Gated, as TransformerLens' gated
+MLPs: z = phi(x W_hidden_gate + b_hidden_gate) * (x W_hidden + b_hidden).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformer_lens.hook_points import HookPoint
+from typing_extensions import override
+
+from mxd_lens.architectures.base import (
+    PairedTranscoder,
+    PairedTranscoderConfig,
+    TrainingPairedTranscoder,
+    TrainingPairedTranscoderConfig,
+)
+
+HIDDEN_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+}
+
+
+@dataclass(kw_only=True)
+class MxDConfig(PairedTranscoderConfig):
+    """Configuration of an `MxD`."""
+
+    d_hidden: int
+    """Width of the decoder branch z; the paper's is that of the base MLP, 4 * d_in."""
+    hidden_activation: str = "gelu"
+    """phi: relu, gelu, gelu_pytorch_tanh, sigmoid or silu."""
+    gated: bool = False
+    """Whether z is a gated linear unit."""
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.hidden_activation not in HIDDEN_ACTIVATIONS:
+            raise ValueError(
+                f"hidden_activation must be one of {sorted(HIDDEN_ACTIVATIONS)}, "
+                f"got {self.hidden_activation!r}."
+            )
+
+    @classmethod
+    @override
+    def positive_integers(cls) -> tuple[str, ...]:
+        return (*super().positive_integers(), "d_hidden")
+
+    @classmethod
+    @override
+    def architecture(cls) -> str:
+        return "mxd"
+
+
+class MxD(PairedTranscoder):
+    """Mixture of Decoders: y = (C^T a) * (D^T z) + b, see the module's formulas.
+
+    Parameters: W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_out], b_dec [d_out],
+    W_hidden [d_in, d_hidden], b_hidden [d_hidden], W_out [d_hidden, d_out]; gated also
+    W_hidden_gate [d_in, d_hidden], b_hidden_gate [d_hidden].
+
+    Hook points besides SAELens': hook_hidden_pre (before phi), hook_hidden_linear (gated: the branch
+    without phi), hook_hidden_post (z), hook_decoder_out (D^T z), hook_expert_out ((C^T a) * (D^T z)).
+
+    Row c_n of W_dec is no direction in the output: expert n writes a_n c_n * (D^T z), which depends on
+    the token through z.
+    """
+
+    cfg: MxDConfig  # type: ignore[assignment]
+    W_hidden: nn.Parameter
+    b_hidden: nn.Parameter
+    W_hidden_gate: nn.Parameter
+    b_hidden_gate: nn.Parameter
+    W_out: nn.Parameter
+
+    def __init__(self, cfg: MxDConfig) -> None:
+        super().__init__(cfg)
+        self.hook_hidden_pre = HookPoint()
+        if cfg.gated:
+            self.hook_hidden_linear = HookPoint()
+        self.hook_hidden_post = HookPoint()
+        self.hook_decoder_out = HookPoint()
+        self.setup()
+
+    @override
+    def initialize_weights(self) -> None:
+        """As the base; W_hidden as a linear layer's default, W_out zero: y = b_dec at the start."""
+        super().initialize_weights()
+        cfg = self.cfg
+        self.W_hidden = self.new_linear(cfg.d_in, cfg.d_hidden)
+        self.b_hidden = self.new_parameter(cfg.d_hidden)
+        if cfg.gated:
+            self.W_hidden_gate = self.new_linear(cfg.d_in, cfg.d_hidden)
+            self.b_hidden_gate = self.new_parameter(cfg.d_hidden)
+        self.W_out = self.new_parameter(cfg.d_hidden, cfg.d_out)
+
+    def hidden(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_hidden"]:
+        """z, the hidden units of the decoder branch."""
+        phi = HIDDEN_ACTIVATIONS[self.cfg.hidden_activation]
+        linear = x @ self.W_hidden + self.b_hidden
+        if not self.cfg.gated:
+            return self.hook_hidden_post(phi(self.hook_hidden_pre(linear)))
+        gate = phi(self.hook_hidden_pre(x @ self.W_hidden_gate + self.b_hidden_gate))
+        return self.hook_hidden_post(gate * self.hook_hidden_linear(linear))
+
+    @override
+    def mix(
+        self, mixture: Float[Tensor, "*batch d_out"], x: Float[Tensor, "*batch d_in"]
+    ) -> Float[Tensor, "*batch d_out"]:
+        """(C^T a) * (D^T z) + b."""
+        decoder_out = self.hook_decoder_out(self.hidden(x) @ self.W_out)
+        return self.hook_expert_out(mixture * decoder_out) + self.b_dec
+
+    def expert_weight(self, n: int) -> Float[Tensor, "d_hidden d_out"]:
+        """W_n = D diag(c_n): expert n's linear map from z to the output.
+
+        Raises:
+            IndexError: there is no expert n.
+        """
+        if not 0 <= n < self.cfg.d_sae:
+            raise IndexError(f"expert {n} does not exist: there are {self.cfg.d_sae}, from 0.")
+        return self.W_out * self.W_dec[n]
+
+
+@dataclass(kw_only=True)
+class TrainingMxDConfig(MxDConfig, TrainingPairedTranscoderConfig):
+    """Configuration of a `TrainingMxD`."""
+
+
+class TrainingMxD(TrainingPairedTranscoder, MxD):
+    """An `MxD` in training."""
+
+    cfg: TrainingMxDConfig  # type: ignore[assignment]
+
+
+def matched_n_experts(
+    d_in: int, d_out: int, d_hidden: int, transcoder_width: int, gated: bool = False
+) -> int:
+    """The number of experts that gives an MxD at most as many parameters as a transcoder.
+
+    N = floor(W - H - [gated] H (d_in + 1) / (d_in + d_out + 1)), from
+
+        W (d_in + d_out + 1) + d_out = (N + H) (d_in + d_out + 1) + [gated] H (d_in + 1) + d_out
+
+    Args:
+        d_in, d_out, d_hidden: the MxD's widths.
+        transcoder_width: W, the number of features of the transcoder.
+        gated: whether the MxD is gated.
+
+    Raises:
+        ValueError: the decoder branch alone is larger than the transcoder.
+    """
+    an_expert = d_in + d_out + 1
+    budget = (transcoder_width - d_hidden) * an_expert - gated * d_hidden * (d_in + 1)
+    if budget < an_expert:
+        raise ValueError(
+            f"a transcoder of {transcoder_width} features has no room for a decoder branch of "
+            f"d_hidden = {d_hidden}: use more features or a narrower branch."
+        )
+    return budget // an_expert

@@ -1,0 +1,1 @@
+"""Paired activations, and the runner that trains a layer on them."""

@@ -1,0 +1,291 @@
+"""Activations in pairs: an MLP's input and its output on the same token, from one forward pass."""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset
+from jaxtyping import Float, Int
+from sae_lens import ActivationsStore
+from sae_lens.config import HfDataset
+from sae_lens.constants import ACTIVATIONS_STORE_STATE_FILENAME
+from sae_lens.util import get_special_token_ids, str_to_dtype
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from typing_extensions import Self, override
+
+from mxd_lens.models import hook_point_name
+from mxd_lens.training.cache import ActivationCache
+from mxd_lens.training.text import load_text
+
+if TYPE_CHECKING:
+    from mxd_lens.training.runner import TranscoderRunnerConfig
+
+
+class MixingBuffer:
+    """Mixes activations of many sequences into batches, as SAELens' `mixing_buffer`, with a state.
+
+    Rows are collected until there are `buffer_size`, shuffled, and served in batches until
+    `mix_fraction` of the buffer is left, which mixes with the next rows. SAELens' generator yields
+    the same batches but cannot be saved in the middle, and a run could not be resumed exactly.
+    """
+
+    def __init__(self, buffer_size: int, batch_size: int, mix_fraction: float, seed: int) -> None:
+        if buffer_size < batch_size:
+            raise ValueError(
+                f"the buffer holds {buffer_size} tokens, fewer than a batch of {batch_size}: "
+                "raise n_batches_in_buffer or lower train_batch_size_tokens."
+            )
+        if not 0 <= mix_fraction <= 1:
+            raise ValueError(f"activations_mixing_fraction must be from 0 to 1, got {mix_fraction}.")
+        self.buffer_size = buffer_size
+        self.batch_size = batch_size
+        self.mix_fraction = mix_fraction
+        self.generator = torch.Generator().manual_seed(seed)
+        self._rows: list[Tensor] = []
+        self._batches_ready = 0
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a batch can be taken."""
+        return self._batches_ready > 0
+
+    def add(self, rows: Float[Tensor, "tokens width"]) -> None:
+        """Adds rows; once the buffer is full, shuffles it and makes batches ready."""
+        self._rows.append(rows)
+        if sum(map(len, self._rows)) < self.buffer_size:
+            return
+        buffer = torch.cat(self._rows)
+        if self.mix_fraction > 0:
+            buffer = buffer[torch.randperm(len(buffer), generator=self.generator)]
+        to_serve = len(buffer) - int(self.buffer_size * self.mix_fraction)
+        self._rows = [buffer]
+        self._batches_ready = max(1, to_serve // self.batch_size)
+
+    def take(self) -> Float[Tensor, "batch width"]:
+        """The next batch."""
+        (buffer,) = self._rows
+        self._batches_ready -= 1
+        self._rows = [buffer[self.batch_size :]]
+        return buffer[: self.batch_size]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {
+            "rows": torch.cat(self._rows) if self._rows else torch.empty(0),
+            "batches_ready": torch.tensor(self._batches_ready),
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self._rows = [state["rows"]] if state["rows"].numel() else []
+        self._batches_ready = int(state["batches_ready"])
+        self.generator.set_state(state["generator"])
+
+
+class PairedActivationsStore(ActivationsStore):
+    """Batches [x | y]: the activations at two hooks on the same tokens, [batch, d_in + d_out].
+
+    SAELens' `ActivationsStore` tokenises the text and captures both hooks in one forward pass that
+    stops after the layer; the batches are mixed as SAELens mixes them. When the text ends it starts
+    again. An iterator: `SAETrainer` takes it as its data provider.
+
+    `state_dict` holds everything that decides the coming batches, so that a store loaded from it goes
+    on with exactly the batches this one would have given.
+    """
+
+    _buffer: MixingBuffer
+    _cache: ActivationCache | None
+    _epoch: int
+    _llm_batch: int
+    _sequences_read: int
+
+    @classmethod
+    @override
+    def from_config(  # type: ignore[override]
+        cls,
+        model: Any,
+        cfg: "TranscoderRunnerConfig[Any]",
+        override_dataset: HfDataset | None = None,
+    ) -> Self:
+        """The store of a run.
+
+        Raises:
+            ValueError: the model has no such hook point, or there is no text.
+        """
+        dataset = override_dataset if override_dataset is not None else load_text(cfg.dataset_path)
+        if isinstance(dataset, Dataset) and len(dataset) == 0:
+            raise ValueError("The data set is empty.")
+        hook_in = hook_point_name(model, cfg.hook_name)
+        hook_out = hook_point_name(model, cfg.hook_name_out)
+        excluded = special_token_ids(model, cfg.exclude_special_tokens)
+        with warnings.catch_warnings():
+            # Too few samples, not tokenised: both are what most users here want.
+            warnings.simplefilter("ignore", UserWarning)
+            store = cls.from_config_multi_hook(
+                model,
+                dataset=dataset,
+                hook_names=[hook_in, hook_out],
+                hook_d_ins={hook_in: cfg.sae.d_in, hook_out: cfg.sae.d_out},
+                context_size=cfg.context_size,
+                n_batches_in_buffer=cfg.n_batches_in_buffer,
+                total_training_tokens=cfg.training_tokens,
+                store_batch_size_prompts=cfg.store_batch_size_prompts,
+                train_batch_size_tokens=cfg.train_batch_size_tokens,
+                prepend_bos=cfg.prepend_bos,
+                device=cfg.act_store_device,  # type: ignore[arg-type]
+                dtype=cfg.dtype,
+                model_kwargs=cfg.model_kwargs,
+                autocast_lm=cfg.autocast_lm,
+                seqpos_slice=cfg.seqpos_slice,
+                exclude_special_tokens=torch.tensor(excluded) if excluded else None,
+                disable_concat_sequences=cfg.disable_concat_sequences,
+                sequence_separator_token=cfg.sequence_separator_token,
+                activations_mixing_fraction=cfg.activations_mixing_fraction,
+                use_chat_formatting=cfg.use_chat_formatting,
+            )
+        store._buffer = MixingBuffer(
+            store.n_batches_in_buffer * store.training_context_size,
+            store.train_batch_size_tokens,
+            store.activations_mixing_fraction,
+            cfg.seed,
+        )
+        store._epoch = store._llm_batch = store._sequences_read = 0
+        store.check_widths(cfg.sae.d_in, cfg.sae.d_out)
+        store._cache = None
+        if cfg.use_cached_activations:
+            assert cfg.cached_activations_path is not None  # set by the config
+            store._cache = ActivationCache(
+                Path(cfg.cached_activations_path),
+                width=cfg.sae.d_in + cfg.sae.d_out,
+                dtype=str_to_dtype(cfg.cached_activations_dtype),
+                key=store.cache_key(cfg),
+            )
+        return store
+
+    @property
+    def hook_names(self) -> list[str]:
+        """The hook points of x and of y, as this model calls them."""
+        assert self._hook_names is not None  # set by from_config_multi_hook
+        return self._hook_names
+
+    def check_widths(self, d_in: int, d_out: int) -> None:
+        """Runs one token to see whether d_in and d_out are what the hooks give."""
+        activations = self.get_multi_hook_activations(torch.zeros(1, 1, dtype=torch.long))
+        for hook, name, expected in zip(self.hook_names, ("d_in", "d_out"), (d_in, d_out), strict=True):
+            width = activations[hook].shape[-1]
+            if width != expected:
+                raise ValueError(f"{name} is {expected}, but {hook} of this model has width {width}.")
+
+    def cache_key(self, cfg: "TranscoderRunnerConfig[Any]") -> str:
+        """A hash of all that decides the activations: model, hooks, text, tokenisation."""
+        first = [s.tolist() for s in islice(self._iterate_tokenized_sequences(), 8)]
+        self.n_dataset_processed = 0
+        decides = {
+            "model": cfg.model_name,
+            "hooks": self.hook_names,
+            "text": cfg.dataset_path,
+            "first_sequences": first,
+            "context_size": self.context_size,
+            "batch": self.store_batch_size_prompts,
+            "seqpos": self.seqpos_slice,
+            "excluded": None if self.exclude_special_tokens is None else self.exclude_special_tokens.tolist(),
+        }
+        return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
+
+    @override
+    def __next__(self) -> Float[Tensor, "batch d_in_plus_d_out"]:
+        while not self._buffer.is_ready:
+            self._buffer.add(self._next_pairs())
+        return self._buffer.take()
+
+    def _next_pairs(self) -> Float[Tensor, "tokens d_in_plus_d_out"]:
+        """The pairs of the next batch of sequences, special tokens left out."""
+        cache = self._cache
+        if cache is not None and self._llm_batch in cache:
+            pairs = cache[self._llm_batch].to(self.device, self.dtype)
+        elif (tokens := self._next_sequences()) is None:
+            if self._llm_batch == 0:
+                raise ValueError(
+                    f"The text is too short: it does not fill one sequence of {self.context_size} tokens."
+                )
+            if cache is not None:
+                cache.mark_complete()
+            self._start_epoch()
+            return self._next_pairs()
+        else:
+            pairs = self._capture(tokens)
+            if cache is not None:
+                pairs = cache.append(pairs).to(self.device, self.dtype)
+        self._llm_batch += 1
+        if cache is not None and cache.is_complete and self._llm_batch == len(cache):
+            self._start_epoch()
+        return pairs
+
+    def _start_epoch(self) -> None:
+        self._epoch += 1
+        self._llm_batch = self._sequences_read = 0
+        self.n_dataset_processed = 0
+        self.iterable_sequences = self._iterate_tokenized_sequences()
+
+    def _next_sequences(self) -> Int[Tensor, "sequences context"] | None:
+        """The sequences of batch `_llm_batch`; None at the end of the text."""
+        behind = self._llm_batch * self.store_batch_size_prompts - self._sequences_read
+        for _ in islice(self.iterable_sequences, behind):  # a resumed run, or batches that were cached
+            pass
+        sequences = list(islice(self.iterable_sequences, self.store_batch_size_prompts))
+        self._sequences_read += behind + len(sequences)
+        return torch.stack(sequences) if sequences else None
+
+    @torch.no_grad()
+    def _capture(self, tokens: Int[Tensor, "sequences context"]) -> Float[Tensor, "tokens d_in_plus_d_out"]:
+        activations = self.get_multi_hook_activations(tokens)
+        pairs = torch.cat([activations[hook] for hook in self.hook_names], dim=-1)
+        pairs = pairs.flatten(0, 1).to(self.device, self.dtype)
+        if self.exclude_special_tokens is None:
+            return pairs
+        kept = ~torch.isin(tokens[:, slice(*self.seqpos_slice)].flatten(), self.exclude_special_tokens)
+        return pairs[kept.to(pairs.device)]
+
+    @override
+    def get_data_loader(self) -> Iterator[Tensor]:
+        return self
+
+    @override
+    def state_dict(self) -> dict[str, Tensor]:
+        return {
+            "epoch": torch.tensor(self._epoch),
+            "llm_batch": torch.tensor(self._llm_batch),
+            **{f"buffer.{name}": value for name, value in self._buffer.state_dict().items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Goes on where the store that gave `state` was."""
+        self._start_epoch()
+        self._epoch, self._llm_batch = int(state["epoch"]), int(state["llm_batch"])
+        self._buffer.load_state_dict(
+            {name.removeprefix("buffer."): value for name, value in state.items() if "buffer." in name}
+        )
+
+    @override
+    def save(self, file_path: str) -> None:
+        save_file(self.state_dict(), file_path)
+
+    @override
+    def load(self, file_path: str) -> None:
+        self.load_state_dict(load_file(file_path))
+
+    @override
+    def load_from_checkpoint(self, checkpoint_path: str | Path) -> None:
+        self.load(str(Path(checkpoint_path) / ACTIVATIONS_STORE_STATE_FILENAME))
+
+
+def special_token_ids(model: Any, exclude: bool | list[int] | None) -> list[int]:
+    """The token ids that `exclude_special_tokens` means: those of the tokenizer, or the ones given."""
+    if not exclude:
+        return []
+    return sorted(get_special_token_ids(model.tokenizer) if exclude is True else exclude)

@@ -1,0 +1,192 @@
+"""SAELens' trainer, with checkpoints that are whole or not there, and runs that stop and go on."""
+
+import math
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import logger
+from sae_lens.saes.sae import TrainStepOutput
+from sae_lens.training.sae_trainer import SAETrainer
+from safetensors import SafetensorError
+from torch import Tensor
+from tqdm.auto import tqdm
+from typing_extensions import override
+
+POINTS_IN_HISTORY = 500
+PARTIAL = ".partial-"
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """The run was asked to stop, and stopped after a step; `checkpoint` is where to go on."""
+
+    def __init__(self, checkpoint: Path | None) -> None:
+        self.checkpoint = checkpoint
+        super().__init__(
+            f"Interrupted. Saved in {checkpoint}: resume_from_checkpoint goes on from there."
+            if checkpoint
+            else "Interrupted. Nothing was saved: the run has no checkpoint_path."
+        )
+
+
+class TranscoderTrainer(SAETrainer[Any, Any]):
+    """SAELens' `SAETrainer` on pairs [x | y].
+
+    Adds: a progress bar with loss, normalised MSE, l0 and dead experts; `history`, the training
+    curve; a check of every batch before it can touch the weights; checkpoints that appear whole, of
+    which the last `n_checkpoints_kept` stay; an orderly stop.
+    """
+
+    n_checkpoints_kept: int = 2
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.history: list[dict[str, float]] = []
+        """One entry per logged step: step, tokens, loss, normalized_mse, l0, dead, lr."""
+        self.stop_requested = False
+
+    @property
+    def last_checkpoint(self) -> Path | None:
+        """The newest complete checkpoint of this run."""
+        found = complete_checkpoints(self.cfg.checkpoint_path)
+        return found[-1] if found else None
+
+    @override
+    def step(self, batch: Tensor) -> TrainStepOutput:
+        """One training step.
+
+        Raises:
+            FloatingPointError: the batch or the loss is not finite. The weights are those of the step
+                before.
+        """
+        try:
+            if not torch.isfinite(batch).all():
+                bad = (~torch.isfinite(batch)).any(-1).sum().item()
+                raise FloatingPointError(f"{bad} of {len(batch)} activation pairs are NaN or infinite.")
+            return super().step(batch)
+        except FloatingPointError as e:
+            raise FloatingPointError(
+                f"Training stopped at step {self.n_training_steps}: {e} "
+                f"The last checkpoint is {self.last_checkpoint or 'not there: none was written yet'}."
+            ) from e
+
+    @override
+    def _checkpoint_if_needed(self) -> None:
+        """Nothing: SAELens calls this before it counts the step, so a checkpoint would lag by one."""
+
+    @override
+    @torch.no_grad()
+    def _update_pbar(
+        self,
+        step_output: TrainStepOutput,
+        pbar: tqdm,  # type: ignore[type-arg]
+        update_interval: int = 1,
+    ) -> None:
+        """The end of a step: log it, save if it is time to, stop if asked to."""
+        pbar.update(self.n_training_samples - pbar.n)
+        every = max(1, self.cfg.total_training_steps // POINTS_IN_HISTORY)
+        if self.n_training_steps % every == 0 or self.n_training_samples >= self.cfg.total_training_samples:
+            entry: dict[str, float] = {
+                "step": self.n_training_steps,
+                "tokens": self.n_training_samples,
+                "loss": float(step_output.loss),
+                "normalized_mse": float(step_output.metrics["normalized_mse"]),  # type: ignore[arg-type]
+                "l0": float(step_output.metrics["l0"]),  # type: ignore[arg-type]
+                "dead": int(self.dead_neurons.sum()),
+                "lr": self.optimizer.param_groups[0]["lr"],
+            }
+            self.history.append(entry)
+            pbar.set_description("Training")
+            pbar.set_postfix_str(
+                f"loss {entry['loss']:.4f}, nmse {entry['normalized_mse']:.3f}, "
+                f"l0 {entry['l0']:.1f}, dead {entry['dead']}"
+            )
+        if self.checkpoint_thresholds and self.n_training_samples > self.checkpoint_thresholds[0]:
+            self.checkpoint_thresholds.pop(0)
+            self._checkpoint_or_warn()
+        if self.stop_requested:
+            pbar.close()
+            if self.cfg.checkpoint_path is not None:
+                self.save_checkpoint(str(self.n_training_samples))
+            raise TrainingInterrupted(self.last_checkpoint)
+
+    def _checkpoint_or_warn(self) -> None:
+        """A checkpoint that cannot be written is no reason to lose the run."""
+        try:
+            self.save_checkpoint(str(self.n_training_samples))
+        except OSError as e:
+            logger.error("%s Training goes on.", e)
+
+    @override
+    def save_checkpoint(
+        self,
+        checkpoint_name: str,
+        base_path: Path | str | None = None,
+        wandb_aliases: list[str] | None = None,
+    ) -> None:
+        """Writes a checkpoint under a temporary name, and renames it when it is complete.
+
+        Raises:
+            OSError: it could not be written, for want of room for instance. Earlier ones are kept.
+        """
+        base = base_path if base_path is not None else self.cfg.checkpoint_path
+        if base is None:
+            super().save_checkpoint(checkpoint_name, None, wandb_aliases)
+            return
+        partial, final = Path(base) / f"{PARTIAL}{checkpoint_name}", Path(base) / checkpoint_name
+        try:
+            super().save_checkpoint(partial.name, base, wandb_aliases)
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+        except (OSError, RuntimeError, SafetensorError) as e:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise OSError(
+                f"Could not write the checkpoint {final}: {e}. "
+                f"The last complete one is {self.last_checkpoint or 'not there'}."
+            ) from e
+        for old in complete_checkpoints(base)[: -self.n_checkpoints_kept]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    @override
+    def load_trainer_state(self, checkpoint_path: Path | str) -> None:
+        super().load_trainer_state(checkpoint_path)
+        self.checkpoint_thresholds = [t for t in self.checkpoint_thresholds if t > self.n_training_samples]
+
+    @contextmanager
+    def stopping_on_signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM stop the run after the step it is in; a second one stops it at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(signal_number: int, frame: Any) -> None:
+            if self.stop_requested:
+                raise KeyboardInterrupt
+            self.stop_requested = True
+            logger.warning("Stopping after this step; once more stops at once, without saving.")
+
+        previous = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for signal_number, handler in previous.items():
+                signal.signal(signal_number, handler)
+
+
+def complete_checkpoints(folder: str | Path | None) -> list[Path]:
+    """The checkpoints in `folder` that were written to the end, oldest first."""
+    if folder is None or not Path(folder).is_dir():
+        return []
+    found = [p for p in Path(folder).iterdir() if p.is_dir() and not p.name.startswith(PARTIAL)]
+    return sorted((p for p in found if not math.isnan(tokens_of(p))), key=tokens_of)
+
+
+def tokens_of(checkpoint: Path) -> float:
+    """The number of tokens a checkpoint was written after, which its name ends with; else NaN."""
+    number = checkpoint.name.rsplit("_", 1)[-1]
+    return int(number) if number.isdigit() else math.nan
