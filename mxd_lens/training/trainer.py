@@ -164,7 +164,7 @@ class TranscoderTrainer(SAETrainer[Any, Any]):
             yield
             return
 
-        def stop(signal_number: int, frame: Any) -> None:
+        def stop(*_: Any) -> None:
             if self.stop_requested:
                 raise KeyboardInterrupt
             self.stop_requested = True

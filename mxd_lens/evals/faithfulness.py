@@ -1,0 +1,395 @@
+"""How faithfully a layer replaces an MLP, and how much of that its experts do."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from rich.table import Table
+from sae_lens import SAE
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from mxd_lens.architectures.base import PairedTranscoder
+from mxd_lens.hooks import Replacement, check_fits, hook_names, paired_hooks
+from mxd_lens.sparse import sparse_decode
+from mxd_lens.training.activations import special_token_ids
+
+N_LARGEST = 5
+
+
+@dataclass(frozen=True)
+class FaithfulnessReport:
+    """What `evaluate` measured. y is the MLP's output, y_hat the layer's, on the kept tokens.
+
+    Cross-entropies are in nats per token, of the language model with the layer in the MLP's place.
+    """
+
+    normalized_mse: float
+    """mean over tokens of ||y_hat - y||^2 / ||y||^2."""
+    fraction_of_variance_unexplained: float
+    """sum over tokens of ||y_hat - y||^2, over that of ||y - mean y||^2. A few tokens with massive
+    activations can decide it; see `largest_tokens`."""
+    ce_loss: float
+    """Cross-entropy of the unmodified model."""
+    ce_loss_replaced: float
+    """With the layer in place of the MLP."""
+    ce_loss_zero_ablated: float
+    """With zero in place of the MLP's output."""
+    ce_loss_recovered: float
+    """(zero ablated - replaced) / (zero ablated - unmodified): 1 is a perfect replacement."""
+    kl_divergence: float
+    """KL(unmodified || replaced) of the next-token distributions, in nats per token."""
+    l0: float
+    """Active experts per token."""
+    dead_fraction: float
+    """Share of experts that fired on none of the tokens."""
+    normalized_mse_mean_gate: float
+    """normalized_mse with the experts' part C^T a replaced by its mean over the tokens."""
+    normalized_mse_shuffled_gate: float
+    """normalized_mse with C^T a of another token of the same text, half the text away."""
+    feature_share: float
+    """(mean gate - normalized_mse) / mean gate: what the experts explain of the error that is left
+    without them. Near 0, the dense branch does the work and the experts mean little."""
+    ce_loss_mean_gate: float
+    """Cross-entropy with the mean gate."""
+    ce_loss_shuffled_gate: float
+    """Cross-entropy with the shuffled gate."""
+    normalized_mse_median: float
+    """The median over tokens of ||y_hat - y||^2 / ||y||^2, which massive activations do not move."""
+    largest_tokens: list[dict[str, Any]]
+    """The tokens with the largest ||y||: token, norm, normalized_mse, and share_of_squared_norm, its
+    part of the sum of ||y||^2 over all tokens."""
+    n_tokens: int
+    """Tokens judged: special tokens excluded where the layer's training excluded them."""
+    n_experts: int
+    """Experts there are (d_sae)."""
+    n_parameters: int
+    """Parameters of the layer."""
+    model_name: str
+    """The language model."""
+    hook_name: str
+    """Where the layer reads."""
+    hook_name_out: str
+    """Where it writes."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the report as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "FaithfulnessReport":
+        """Reads a report that `save` wrote."""
+        return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+
+    def __rich__(self) -> Table:
+        table = Table(
+            title=f"{self.model_name}: {self.hook_name} -> {self.hook_name_out}, {self.n_tokens:,} tokens"
+        )
+        for column in ("", "the layer", "mean gate", "shuffled gate", "unmodified", "zero ablated"):
+            table.add_column(column, justify="right" if column else "left")
+        table.add_row(
+            "normalised MSE",
+            f"{self.normalized_mse:.3f}",
+            f"{self.normalized_mse_mean_gate:.3f}",
+            f"{self.normalized_mse_shuffled_gate:.3f}",
+            "0",
+            "1",
+        )
+        table.add_row(
+            "cross-entropy",
+            f"{self.ce_loss_replaced:.3f}",
+            f"{self.ce_loss_mean_gate:.3f}",
+            f"{self.ce_loss_shuffled_gate:.3f}",
+            f"{self.ce_loss:.3f}",
+            f"{self.ce_loss_zero_ablated:.3f}",
+        )
+        for name in (
+            "normalized_mse_median",
+            "fraction_of_variance_unexplained",
+            "feature_share",
+            "ce_loss_recovered",
+            "kl_divergence",
+            "l0",
+            "dead_fraction",
+        ):
+            table.add_row(name.replace("_", " "), f"{getattr(self, name):.3f}")
+        return table
+
+
+@torch.no_grad()
+def evaluate(
+    sae: SAE[Any],
+    model: Any,
+    tokens: Int[Tensor, "sequences positions"],
+    batch_size: int = 8,
+    progress: bool = True,
+) -> FaithfulnessReport:
+    """Judges a layer in the place of its MLP, on held-out tokens.
+
+    Right for every layer of this package, for SAELens' transcoders (skip connections included) and for
+    ordinary SAEs. Tokens that the layer's training excluded (metadata.exclude_special_tokens) are
+    neither replaced nor counted; a cross-entropy counts the predictions made at the kept tokens.
+
+    The mean and the shuffled gate are run with the same layer, its experts' part C^T a exchanged; for a
+    transcoder that is the features' contribution, for a skip transcoder the part beside the skip.
+
+    Args:
+        sae: the layer; its metadata says where it belongs.
+        model: any hooked model.
+        tokens: token ids, one sequence a row, with BOS where the training had it.
+        batch_size: sequences in a forward pass. It does not change the numbers.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: the layer was trained on another model or on hooks this one lacks, or there are no
+            tokens to judge.
+    """
+    check_fits(sae, model)
+    if tokens.ndim != 2 or tokens.shape[1] < 2 or tokens.is_floating_point():
+        raise ValueError(f"tokens must be ids [sequences, positions > 1], got {tuple(tokens.shape)}.")
+    excluded = torch.tensor(special_token_ids(model, sae.cfg.metadata.exclude_special_tokens))
+    kept = ~torch.isin(tokens, excluded.to(tokens))
+    if not kept[:, :-1].any():
+        raise ValueError("There are no tokens to judge: all are special tokens, which are excluded.")
+
+    batches = [slice(i, i + batch_size) for i in range(0, len(tokens), batch_size)]
+    with tqdm(total=5 * len(batches), desc="Evaluating", disable=not progress) as bar:
+        # The mean gate needs the mean of C^T a over all tokens: a second round over the text.
+        replaced, zero, unmodified = Judged(), Judged(), Judged()
+        experts = Experts(sae)
+        for batch in batches:
+            run = Run(sae, model, tokens[batch], kept[batch])
+            logits = unmodified.add(run, lambda _x, y: y)
+            bar.update()
+            replaced.add(run, experts.replacement(run), unmodified_logits=logits)
+            bar.update()
+            zero.add(run, lambda _x, y: torch.zeros_like(y))
+            bar.update()
+        mean_gate, shuffled_gate = Judged(), Judged()
+        for batch in batches:
+            run = Run(sae, model, tokens[batch], kept[batch])
+            mean_gate.add(run, exchange_gate(sae, lambda mixture: experts.mean.expand_as(mixture)))
+            bar.update()
+            shuffled_gate.add(run, exchange_gate(sae, run.shuffle))
+            bar.update()
+
+    norm = unmodified.norm
+    largest = norm.topk(min(N_LARGEST, len(norm))).indices
+    token_ids = tokens[kept.cpu()].cpu()
+    normalized_mse, ce_loss, ce_zero = replaced.normalized_mse, unmodified.ce_loss, zero.ce_loss
+    hook_name, hook_name_out = hook_names(sae)
+    return FaithfulnessReport(
+        normalized_mse=normalized_mse,
+        fraction_of_variance_unexplained=replaced.squared_error.sum().item() / unmodified.variance,
+        ce_loss=ce_loss,
+        ce_loss_replaced=replaced.ce_loss,
+        ce_loss_zero_ablated=ce_zero,
+        ce_loss_recovered=(ce_zero - replaced.ce_loss) / (ce_zero - ce_loss),
+        kl_divergence=replaced.kl_divergence,
+        l0=experts.l0,
+        dead_fraction=1 - experts.fired.float().mean().item(),
+        normalized_mse_mean_gate=mean_gate.normalized_mse,
+        normalized_mse_shuffled_gate=shuffled_gate.normalized_mse,
+        feature_share=(mean_gate.normalized_mse - normalized_mse) / mean_gate.normalized_mse,
+        ce_loss_mean_gate=mean_gate.ce_loss,
+        ce_loss_shuffled_gate=shuffled_gate.ce_loss,
+        normalized_mse_median=replaced.ratio.median().item(),
+        largest_tokens=[
+            {
+                "token": model.tokenizer.decode([int(token_ids[i])]),
+                "norm": norm[i].item(),
+                "normalized_mse": replaced.ratio[i].item(),
+                "share_of_squared_norm": (norm[i].pow(2) / norm.pow(2).sum()).item(),
+            }
+            for i in largest.tolist()
+        ],
+        n_tokens=int(kept.sum()),
+        n_experts=sae.cfg.d_sae,
+        n_parameters=sum(p.numel() for p in sae.parameters()),
+        model_name=model.cfg.model_name,
+        hook_name=hook_name,
+        hook_name_out=hook_name_out,
+    )
+
+
+class Run:
+    """One batch of sequences, and what is needed to run it with something in the MLP's place."""
+
+    def __init__(
+        self,
+        sae: SAE[Any],
+        model: Any,
+        tokens: Int[Tensor, "sequences positions"],
+        kept: Bool[Tensor, "sequences positions"],
+    ) -> None:
+        self.sae = sae
+        self.model = model
+        self.tokens = tokens
+        self.kept = kept.to(sae.device)
+
+    def logits(self, replacement: Replacement) -> Float[Tensor, "sequences positions vocabulary"]:
+        """The model's logits with `replacement` at the kept tokens."""
+
+        def replace(x: Tensor, y: Tensor) -> Tensor:
+            return torch.where(self.kept.unsqueeze(-1), replacement(x, y).to(y.dtype), y)
+
+        return self.model.run_with_hooks(self.tokens, fwd_hooks=paired_hooks(self.sae, replace))
+
+    def shuffle(self, mixture: Float[Tensor, "sequences positions d_out"]) -> Tensor:
+        """Every kept token gets the row of another kept token of its sequence."""
+        shuffled = mixture.clone()
+        for rows, kept, source in zip(shuffled, self.kept, mixture, strict=True):
+            (kept_positions,) = kept.nonzero(as_tuple=True)
+            rows[kept_positions] = source[kept_positions.roll(len(kept_positions) // 2)]
+        return shuffled
+
+
+class Judged:
+    """The errors and losses of one kind of replacement, over batches."""
+
+    def __init__(self) -> None:
+        self._squared_error: list[Tensor] = []
+        self._squared_norm: list[Tensor] = []
+        self._losses: list[Tensor] = []
+        self._divergences: list[Tensor] = []
+        self._sum: Tensor | float = 0.0
+        self._tokens = 0
+
+    def add(
+        self, run: Run, replacement: Replacement, unmodified_logits: Tensor | None = None
+    ) -> Float[Tensor, "sequences positions vocabulary"]:
+        """Runs a batch with `replacement`; returns the logits."""
+
+        def measured(x: Tensor, y: Tensor) -> Tensor:
+            y_hat = replacement(x, y)
+            target = y[run.kept].double()
+            self._squared_error.append((y_hat[run.kept].double() - target).pow(2).sum(-1).cpu())
+            self._squared_norm.append(target.pow(2).sum(-1).cpu())
+            self._sum = self._sum + target.sum(0).cpu()
+            self._tokens += len(target)
+            return y_hat
+
+        logits = run.logits(measured)
+        predicting = run.kept[:, :-1]
+        log_probabilities = F.log_softmax(logits[:, :-1][predicting].float(), dim=-1)
+        targets = run.tokens[:, 1:].to(predicting.device)[predicting]
+        self._losses.append(F.nll_loss(log_probabilities, targets, reduction="none").cpu())
+        if unmodified_logits is not None:
+            unmodified = F.log_softmax(unmodified_logits[:, :-1][predicting].float(), dim=-1)
+            divergence = F.kl_div(log_probabilities, unmodified, reduction="none", log_target=True)
+            self._divergences.append(divergence.sum(-1).cpu())
+        return logits
+
+    @property
+    def squared_error(self) -> Float[Tensor, " tokens"]:
+        return torch.cat(self._squared_error)
+
+    @property
+    def norm(self) -> Float[Tensor, " tokens"]:
+        return torch.cat(self._squared_norm).sqrt()
+
+    @property
+    def ratio(self) -> Float[Tensor, " tokens"]:
+        """||y_hat - y||^2 / ||y||^2."""
+        return self.squared_error / torch.cat(self._squared_norm).clamp_min(1e-12)
+
+    @property
+    def variance(self) -> float:
+        """sum over tokens of ||y - mean y||^2."""
+        squared_mean = torch.as_tensor(self._sum).pow(2).sum() / self._tokens**2
+        return (torch.cat(self._squared_norm).sum() - self._tokens * squared_mean).item()
+
+    @property
+    def normalized_mse(self) -> float:
+        return self.ratio.mean().item()
+
+    @property
+    def ce_loss(self) -> float:
+        return torch.cat(self._losses).double().mean().item()
+
+    @property
+    def kl_divergence(self) -> float:
+        return torch.cat(self._divergences).double().mean().item()
+
+
+class Experts:
+    """What the experts of a layer do over batches: how many fire, which never, C^T a on average."""
+
+    def __init__(self, sae: SAE[Any]) -> None:
+        self.sae = sae
+        self.fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=sae.device)
+        self._active = 0
+        self._tokens = 0
+        self._sum: Tensor | float = 0.0
+
+    def replacement(self, run: Run) -> Replacement:
+        """The layer itself, with the experts counted at the kept tokens."""
+
+        def replace(x: Tensor, _y: Tensor) -> Tensor:
+            mixture, fired, output = decompose(self.sae, x)
+            self._sum = self._sum + mixture[run.kept].double().sum(0)
+            self._tokens += int(run.kept.sum())
+            token_of, expert = fired
+            fired_at_kept = run.kept.flatten()[token_of]
+            self._active += int(fired_at_kept.sum())
+            self.fired[expert[fired_at_kept]] = True
+            return output(mixture)
+
+        return replace
+
+    @property
+    def mean(self) -> Float[Tensor, " d_out"]:
+        """The mean of C^T a over the tokens."""
+        return (torch.as_tensor(self._sum) / self._tokens).to(self.sae.dtype)
+
+    @property
+    def l0(self) -> float:
+        return self._active / self._tokens
+
+
+Fired = tuple[Int[Tensor, " fired"], Int[Tensor, " fired"]]
+
+
+def decompose(
+    sae: SAE[Any], x: Float[Tensor, "*batch d_in"]
+) -> tuple[Float[Tensor, "*batch d_out"], Fired, Callable[[Tensor], Tensor]]:
+    """A layer's output as a function of its sparse part.
+
+    Returns:
+        C^T a; which experts fired, as (index of the token in x, flattened, expert id), an entry per
+        active expert; and the function that makes the output from C^T a.
+    """
+    if isinstance(sae, PairedTranscoder):
+        x = x.to(sae.dtype)
+        if sae.cfg.k is None:
+            a = torch.relu(x @ sae.W_enc + sae.b_enc)
+            mixture, fired = a @ sae.W_dec, a.flatten(0, -2).nonzero(as_tuple=True)
+        else:
+            values, indices = sae.active_experts(x)
+            mixture = sparse_decode(values, indices, sae.W_dec)
+            token_of, slot = values.flatten(0, -2).nonzero(as_tuple=True)
+            fired = (token_of, indices.flatten(0, -2)[token_of, slot])
+        return mixture, fired, lambda mixture: sae.mix(mixture, x)
+    # SAELens' own layers are additive: the sparse part is what is left without their decoder's bias.
+    a = sae.encode(x)
+    mixture = sae.decode(a) - sae.b_dec
+    rest = sae(x) - mixture
+    return mixture, a.flatten(0, -2).nonzero(as_tuple=True), lambda mixture: rest + mixture
+
+
+def exchange_gate(sae: SAE[Any], exchange: Callable[[Tensor], Tensor]) -> Replacement:
+    """The layer with exchange(C^T a) in the place of C^T a."""
+
+    def replace(x: Tensor, _y: Tensor) -> Tensor:
+        mixture, _, output = decompose(sae, x)
+        return output(exchange(mixture))
+
+    return replace

