@@ -481,8 +481,9 @@ class TrainingPairedTranscoder(PairedTranscoder, TrainingSAE[Any]):
             feature_acts = sparse_activations(values.detach(), indices, self.cfg.d_sae)
         y_hat = self.mix(mixture, x)
 
-        squared_error = (y_hat - y).float().pow(2).sum(-1)
-        y_norm = y.float().norm(dim=-1).clamp_min(1e-6)
+        precise = torch.promote_types(self.dtype, torch.float32)
+        squared_error = (y_hat - y).to(precise).pow(2).sum(-1)
+        y_norm = y.to(precise).norm(dim=-1).clamp_min(1e-6)
         losses = {"mse_loss": (squared_error / y_norm).mean() / d_out}
         losses |= self.calculate_aux_loss(step_input, values, hidden_pre, y_hat)
         loss = torch.stack(list(losses.values())).sum()

@@ -4,9 +4,16 @@ import ast
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any, Literal
 
+import torch
 from datasets import Dataset, IterableDataset, load_dataset
+from jaxtyping import Int
+from sae_lens.pretokenize_runner import get_special_token_from_cfg
+from sae_lens.tokenization_and_batching import concat_and_batch_sequences
+from torch import Tensor
 
 EMBEDDED = "embedded"
 """The text every machine has: the Python manual's topics and the standard library's docstrings."""
@@ -43,6 +50,44 @@ def load_text(source: str | Path, streaming: bool = True) -> Dataset | IterableD
     if not texts:
         raise ValueError(f"There is no text in {source}.")
     return Dataset.from_dict({"text": texts})
+
+
+def token_sequences(
+    model: Any,
+    text: Dataset | IterableDataset,
+    n_sequences: int,
+    context_size: int = 128,
+    prepend_bos: bool = True,
+    separator: Literal["bos", "eos", "sep"] | None = "bos",
+) -> Int[Tensor, "n_sequences context_size"]:
+    """The first sequences of a text, tokenised and packed as a training run packs them.
+
+    Args:
+        model: whose tokenizer.
+        text: with a "text" column, as `load_text` gives it.
+        n_sequences: how many at most.
+        context_size: tokens in each.
+        prepend_bos: whether each begins with BOS.
+        separator: the token between two rows of the text.
+
+    Raises:
+        ValueError: the text does not fill one sequence.
+    """
+    tokenizer = model.tokenizer
+    packed = concat_and_batch_sequences(
+        (
+            torch.tensor(tokenizer(row["text"], add_special_tokens=False)["input_ids"], dtype=torch.long)
+            for row in text
+            if row["text"]
+        ),
+        context_size=context_size,
+        begin_batch_token_id=tokenizer.bos_token_id if prepend_bos else None,
+        sequence_separator_token_id=get_special_token_from_cfg(separator, tokenizer),
+    )
+    sequences = list(islice(packed, n_sequences))
+    if not sequences:
+        raise ValueError(f"The text is too short: it does not fill one sequence of {context_size} tokens.")
+    return torch.stack(sequences)
 
 
 def paragraphs(text: str) -> list[str]:

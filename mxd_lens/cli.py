@@ -1,0 +1,213 @@
+"""The command line. Every command is one library call; nothing heavy is imported before it runs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mxd_lens import __version__
+
+app = typer.Typer(
+    help="Mixtures of Decoders and transcoders of a language model's MLPs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[
+    str,
+    typer.Option(help="A TransformerLens name, a Hugging Face folder, or smollm2-135m-instruct (offline)."),
+]
+Text = Annotated[
+    str,
+    typer.Option(help="embedded, nltk:NAME, a text file or folder, or a data set on the Hugging Face hub."),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
+Layer = Annotated[int, typer.Option(help="Which MLP; ignored where both hooks are given.")]
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mxd_lens {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def version(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Mixtures of Decoders and transcoders of a language model's MLPs."""
+
+
+@app.command()
+def train(
+    output: Annotated[Path, typer.Argument(help="The folder to write the layer to.")],
+    model: Model = "smollm2-135m-instruct",
+    layer: Layer = 12,
+    hook_in: Annotated[str, typer.Option(help="The input's hook point. Default: the MLP's input.")] = "",
+    hook_out: Annotated[str, typer.Option(help="The target's hook point. Default: the MLP's output.")] = "",
+    text: Text = "embedded",
+    tokens: Annotated[int, typer.Option(help="Training tokens; a shorter text is repeated.")] = 2_000_000,
+    experts: Annotated[
+        int, typer.Option(help="Number of experts. 0: as many parameters as a --match-width transcoder.")
+    ] = 0,
+    match_width: Annotated[int, typer.Option(help="Features of the transcoder to match. 0: 16 x d_in.")] = 0,
+    hidden: Annotated[int, typer.Option(help="Width of the decoder branch. 0: 4 x d_in.")] = 0,
+    k: Annotated[int, typer.Option(help="Active experts per token. 0: relu sparsity with --l1.")] = 32,
+    l1: Annotated[float, typer.Option(help="L1 coefficient, for --k 0.")] = 0.0,
+    activation: Annotated[
+        str, typer.Option(help="Of the decoder branch: relu, gelu, gelu_pytorch_tanh, sigmoid, silu.")
+    ] = "gelu",
+    gated: Annotated[bool, typer.Option(help="Whether the decoder branch is a gated linear unit.")] = False,
+    lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 4e-4,
+    warm_up: Annotated[int, typer.Option(help="Steps of linear warm-up. -1: a twentieth of all.")] = -1,
+    decay: Annotated[int, typer.Option(help="Steps of linear decay to 0 at the end. -1: a fifth.")] = -1,
+    batch: Annotated[int, typer.Option(help="Tokens in a step.")] = 4096,
+    context: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 128,
+    keep_special_tokens: Annotated[
+        bool, typer.Option(help="Train on BOS, EOS and the like too, as the paper's code does.")
+    ] = False,
+    cache: Annotated[
+        Path | None, typer.Option(help="Keep the activations in this folder, for epochs and further runs.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the initial weights and of the order of tokens.")] = 42,
+    device: Device = "cpu",
+    dtype: Annotated[str, typer.Option(help="Of the layer: float32, bfloat16, float16.")] = "float32",
+    checkpoints: Annotated[int, typer.Option(help="How many to write on the way; the last two stay.")] = 10,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in OUTPUT.")] = False,
+    wandb: Annotated[bool, typer.Option(help="Log to Weights & Biases.")] = False,
+) -> None:
+    """Train an MxD of one MLP and save it as a folder that SAELens reads."""
+    from sae_lens import LoggingConfig
+
+    from mxd_lens import (
+        TrainingMxDConfig,
+        TranscoderRunnerConfig,
+        TranscoderTrainingRunner,
+        load_model,
+        matched_n_experts,
+    )
+
+    steps = tokens // batch
+    with errors_for_people():
+        language_model = load_model(model, device)
+        d_model = language_model.cfg.d_model
+        d_hidden = hidden or 4 * d_model
+        sae = TrainingMxDConfig(
+            d_in=d_model,
+            d_out=d_model,
+            d_sae=experts
+            or matched_n_experts(d_model, d_model, d_hidden, match_width or 16 * d_model, gated),
+            d_hidden=d_hidden,
+            k=k or None,
+            l1_coefficient=l1,
+            hidden_activation=activation,
+            gated=gated,
+            device=device,
+            dtype=dtype,
+        )
+        cfg = TranscoderRunnerConfig(
+            sae=sae,
+            model_name=model,
+            hook_name=hook_in or f"blocks.{layer}.mlp.hook_in",
+            hook_name_out=hook_out or f"blocks.{layer}.hook_mlp_out",
+            dataset_path=text,
+            training_tokens=tokens,
+            train_batch_size_tokens=batch,
+            context_size=context,
+            n_batches_in_buffer=max(256, 8 * batch // context),
+            lr=lr,
+            lr_warm_up_steps=steps // 20 if warm_up < 0 else warm_up,
+            lr_decay_steps=steps // 5 if decay < 0 else decay,
+            exclude_special_tokens=not keep_special_tokens,
+            use_cached_activations=cache is not None,
+            cached_activations_path=str(cache) if cache else None,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            n_checkpoints=checkpoints,
+            output_path=str(output),
+            resume_from_checkpoint="latest" if resume else None,
+            logger=LoggingConfig(log_to_wandb=wandb),
+        )
+        TranscoderTrainingRunner(cfg, override_model=language_model).run()
+    typer.echo(f"Saved in {output}. Judge it with: mxd-lens evaluate {output}")
+
+
+@app.command()
+def evaluate(
+    layer: Annotated[Path, typer.Argument(help="The folder of a trained layer.")],
+    model: Annotated[str, typer.Option(help="The language model. Default: the one it was trained on.")] = "",
+    text: Text = "embedded",
+    sequences: Annotated[int, typer.Option(help="How many sequences of the text to judge on.")] = 32,
+    skip: Annotated[int, typer.Option(help="How many rows of the text to skip first: held-out text.")] = 0,
+    device: Device = "cpu",
+    json: Annotated[Path | None, typer.Option(help="Write the report there.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page about it there.")] = None,
+) -> None:
+    """Judge a layer in the place of its MLP: errors, cross-entropies, and what the experts do of it."""
+    from rich.console import Console
+    from sae_lens import SAE
+
+    from mxd_lens import evaluate, load_model
+    from mxd_lens.training.text import load_text, token_sequences
+
+    with errors_for_people():
+        sae = SAE.load_from_disk(layer, device=device)
+        metadata = sae.cfg.metadata
+        language_model = load_model(model or metadata.model_name, device)
+        tokens = token_sequences(
+            language_model,
+            load_text(text).skip(skip),
+            sequences,
+            metadata.context_size or 128,
+            prepend_bos=metadata.prepend_bos is not False,
+        )
+        report = evaluate(sae, language_model, tokens.to(device))
+        if json is not None:
+            report.save(json)
+        if html is not None:
+            from mxd_lens.dashboards.run_page import read_history, write_run_page
+
+            write_run_page(html, f"{layer.name}: how faithful it is", read_history(layer), report)
+    Console().print(report)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("mxd-lens-demo"),
+    layer: Annotated[int, typer.Option(help="Which MLP of SmolLM2-135M.")] = 12,
+    tokens: Annotated[int, typer.Option(help="Training tokens.")] = 500_000,
+    sequences: Annotated[int, typer.Option(help="Held-out sequences of 128 tokens to judge on.")] = 24,
+) -> None:
+    """Train an MxD of SmolLM2-135M on text this machine has, judge it, and write a page about it."""
+    from mxd_lens.demo import run_demo
+
+    with errors_for_people():
+        run_demo(output, layer, training_tokens=tokens, n_sequences=sequences)
+
+
+class errors_for_people:
+    """An error a person can do something about is shown as its message, not as a traceback."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            typer.echo(str(error) or "Interrupted.", err=True)
+            raise typer.Exit(130) from error
+        for_people = (ValueError, OSError, ImportError, FloatingPointError)
+        if isinstance(error, for_people) or type(error) is LookupError:
+            typer.echo(f"Error: {error}", err=True)
+            raise typer.Exit(1) from error
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

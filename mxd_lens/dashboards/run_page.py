@@ -1,0 +1,197 @@
+"""One self-contained HTML page about a trained layer: its training curve and its faithfulness."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import fields
+from html import escape
+from inspect import getsource
+from pathlib import Path
+from textwrap import dedent
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from mxd_lens.evals.faithfulness import FaithfulnessReport
+from mxd_lens.training.runner import HISTORY_FILENAME
+
+HISTORY = Sequence[dict[str, float]]
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1d2430; --soft: #5b6573; --line: #d8dde5; --page: #fff; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e9ef; --soft: #9aa5b5; --line: #363e4b; --page: #14181f; }
+}
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page);
+       max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+p.lead { color: var(--soft); margin-top: .3rem; }
+table { border-collapse: collapse; width: 100%; font-size: .92rem; }
+td, th { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: left;
+         vertical-align: top; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td.soft { color: var(--soft); }
+.continuation { border-left: 3px solid var(--line); padding: .1rem 1rem; margin: .8rem 0;
+                white-space: pre-wrap; overflow-wrap: anywhere; }
+.continuation b { display: block; font-size: .85rem; color: var(--soft); }
+.wide { overflow-x: auto; }
+"""
+
+# Grey reads on white and on near-black alike: the figures need no second version for the dark page.
+GREY, BLUE, ORANGE, GREEN, RED = "#808896", "#3b82c4", "#e08a2e", "#3a9d6a", "#c8553d"
+
+
+def write_run_page(
+    path: str | Path,
+    title: str,
+    history: HISTORY,
+    report: FaithfulnessReport,
+    continuations: dict[str, str] | None = None,
+    notes: dict[str, str] | None = None,
+) -> Path:
+    """Writes the page.
+
+    Args:
+        path: the HTML file.
+        title: its heading.
+        history: the training curve, as TranscoderTrainer.history.
+        report: what `evaluate` measured.
+        continuations: texts by what made them, shown side by side.
+        notes: further facts about the run, by name.
+    """
+    figures = [training_figure(history), report_figure(report)] if history else [report_figure(report)]
+    plots = "\n".join(
+        f'<div class="wide">{figure.to_html(full_html=False, include_plotlyjs=first, config=CONFIG)}</div>'
+        for figure, first in zip(figures, [True, False], strict=False)
+    )
+    texts = "\n".join(
+        f'<div class="continuation"><b>{escape(name)}</b>{escape(text)}</div>'
+        for name, text in (continuations or {}).items()
+    )
+    facts = "\n".join(
+        f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in (notes or {}).items()
+    )
+    page = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{escape(title)}</title><style>{STYLE}</style></head><body>
+<h1>{escape(title)}</h1>
+<p class="lead">{escape(report.model_name)}, {escape(report.hook_name)} &rarr; {escape(report.hook_name_out)};
+{report.n_experts:,} experts, {report.n_parameters:,} parameters;
+judged on {report.n_tokens:,} held-out tokens.</p>
+{plots}
+{f"<h2>The model goes on</h2>{texts}" if texts else ""}
+<h2>Every number</h2>
+<div class="wide"><table>{report_rows(report)}</table></div>
+{f'<h2>The run</h2><div class="wide"><table>{facts}</table></div>' if facts else ""}
+</body></html>
+"""
+    path = Path(path)
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+CONFIG = {"displaylogo": False, "responsive": True}
+
+
+def style(figure: go.Figure, height: int) -> go.Figure:
+    """The look shared by the page's figures."""
+    figure.update_layout(
+        height=height,
+        margin={"l": 60, "r": 20, "t": 50, "b": 45},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"color": GREY, "size": 13},
+        showlegend=False,
+    )
+    figure.update_xaxes(gridcolor="rgba(128,136,150,0.2)", zeroline=False)
+    figure.update_yaxes(gridcolor="rgba(128,136,150,0.2)", zeroline=False)
+    return figure
+
+
+def training_figure(history: HISTORY) -> go.Figure:
+    """Normalised MSE and dead experts against training tokens."""
+    figure = make_subplots(rows=1, cols=2, subplot_titles=("Training: normalised MSE", "Dead experts"))
+    tokens = [entry["tokens"] for entry in history]
+    for column, name, colour in ((1, "normalized_mse", BLUE), (2, "dead", ORANGE)):
+        values = [entry[name] for entry in history]
+        figure.add_scatter(x=tokens, y=values, mode="lines", line_color=colour, name=name, row=1, col=column)
+        figure.update_xaxes(title_text="tokens", row=1, col=column)
+        figure.update_yaxes(rangemode="tozero", row=1, col=column)
+    return style(figure, 330)
+
+
+def report_figure(report: FaithfulnessReport) -> go.Figure:
+    """Normalised MSE and cross-entropy of the layer, beside what they mean nothing without."""
+    figure = make_subplots(
+        rows=1,
+        cols=2,
+        subplot_titles=("Held-out normalised MSE", "Cross-entropy above the unmodified model (nats)"),
+    )
+    base = report.ce_loss
+    for column, bars in (
+        (
+            1,
+            {
+                "the layer": (report.normalized_mse, BLUE),
+                "mean gate": (report.normalized_mse_mean_gate, ORANGE),
+                "shuffled gate": (report.normalized_mse_shuffled_gate, RED),
+                "zero ablated": (1.0, GREY),
+            },
+        ),
+        (
+            2,
+            {
+                "the layer": (report.ce_loss_replaced - base, BLUE),
+                "mean gate": (report.ce_loss_mean_gate - base, ORANGE),
+                "shuffled gate": (report.ce_loss_shuffled_gate - base, RED),
+                "zero ablated": (report.ce_loss_zero_ablated - base, GREY),
+            },
+        ),
+    ):
+        values, colours = zip(*bars.values(), strict=True)
+        figure.add_bar(
+            x=list(bars),
+            y=values,
+            marker_color=colours,
+            text=[f"{value:.3f}" for value in values],
+            textposition="outside",
+            cliponaxis=False,
+            row=1,
+            col=column,
+        )
+    return style(figure, 360)
+
+
+def report_rows(report: FaithfulnessReport) -> str:
+    """A table row per number, with what it is."""
+    rows = []
+    for name, meaning in field_docs().items():
+        value = getattr(report, name)
+        if isinstance(value, (int, float)):
+            shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+            rows.append(
+                f'<tr><td>{escape(name)}</td><td class="number">{shown}</td>'
+                f'<td class="soft">{escape(meaning)}</td></tr>'
+            )
+    for token in report.largest_tokens:
+        rows.append(
+            f"<tr><td>large activation on {escape(repr(token['token']))}</td>"
+            f'<td class="number">{token["norm"]:.0f}</td><td class="soft">||y||; normalised MSE '
+            f"{token['normalized_mse']:.3f}; {token['share_of_squared_norm']:.1%} of the sum of "
+            "||y||^2</td></tr>"
+        )
+    return "\n".join(rows)
+
+
+def field_docs() -> dict[str, str]:
+    """The docstring under every field of FaithfulnessReport."""
+    source = dedent(getsource(FaithfulnessReport))
+    found = re.findall(r'^    (\w+): [^\n]*\n    """(.*?)"""', source, flags=re.MULTILINE | re.DOTALL)
+    docs = {name: " ".join(text.split()) for name, text in found}
+    return {f.name: docs[f.name] for f in fields(FaithfulnessReport)}
+
+
+def read_history(folder: str | Path) -> list[dict[str, float]]:
+    """The training curve in a layer's folder; empty where there is none."""
+    file = Path(folder) / HISTORY_FILENAME
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []

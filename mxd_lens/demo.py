@@ -1,0 +1,121 @@
+"""The main job on the embedded default: train, save, load again, attach, judge, show."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from rich.console import Console
+
+from mxd_lens.architectures.mxd import MxD, TrainingMxDConfig, matched_n_experts
+from mxd_lens.dashboards.run_page import read_history, write_run_page
+from mxd_lens.evals.faithfulness import FaithfulnessReport, evaluate
+from mxd_lens.models import SMOLLM2, load_model
+from mxd_lens.training.runner import TranscoderRunnerConfig, TranscoderTrainingRunner
+from mxd_lens.training.text import EMBEDDED, load_text, token_sequences
+
+PROMPT = "A list is a mutable sequence. It is created with"
+HELD_OUT_ROWS = 0.1
+
+
+def run_demo(
+    output: str | Path,
+    layer: int = 12,
+    training_tokens: int = 500_000,
+    text_tokens: int = 180_000,
+    n_sequences: int = 24,
+    new_tokens: int = 30,
+    model_name: str = SMOLLM2,
+    k: int = 32,
+) -> FaithfulnessReport:
+    """Trains an MxD of one MLP on text every machine has, and judges what was saved.
+
+    Writes into `output` the layer (a SAELens folder), report.json and index.html.
+
+    Args:
+        output: a folder; a finished or interrupted demo in it is gone on with.
+        layer: which MLP.
+        training_tokens: how many tokens the layer is trained on.
+        text_tokens: how many of them are different; the language model sees each once.
+        n_sequences: held-out sequences of 128 tokens to judge on.
+        new_tokens: how many tokens the model continues the prompt with.
+        model_name: a name for `load_model`.
+        k: active experts per token.
+    """
+    console = Console()
+    started = time.monotonic()
+    output = Path(output)
+    model = load_model(model_name)
+    rows = load_text(EMBEDDED).shuffle(seed=0).train_test_split(HELD_OUT_ROWS, seed=0)
+    train = token_sequences(model, rows["train"], max(1, text_tokens // 128))
+    held_out = token_sequences(model, rows["test"], n_sequences)
+    console.print(f"{model_name}, layer {layer}: {len(train) * 128:,} tokens of the Python documentation.")
+
+    d_model = model.cfg.d_model
+    d_hidden = 4 * d_model
+    batch = min(2048, training_tokens)
+    steps = training_tokens // batch
+    cfg = TranscoderRunnerConfig(
+        sae=TrainingMxDConfig(
+            d_in=d_model,
+            d_out=d_model,
+            d_sae=matched_n_experts(d_model, d_model, d_hidden, 16 * d_model),
+            d_hidden=d_hidden,
+            k=k,
+        ),
+        model_name=model_name,
+        hook_name=f"blocks.{layer}.mlp.hook_in",
+        hook_name_out=f"blocks.{layer}.hook_mlp_out",
+        dataset_path=EMBEDDED,
+        training_tokens=steps * batch,
+        train_batch_size_tokens=batch,
+        lr=1e-3,
+        lr_warm_up_steps=min(30, steps // 4),
+        lr_decay_steps=steps // 3,
+        use_cached_activations=True,
+        cached_activations_path=str(output / "activations"),
+        output_path=str(output),
+        resume_from_checkpoint="latest",
+        n_checkpoints=3,
+    )
+    if not (output / "cfg.json").exists():
+        TranscoderTrainingRunner(
+            cfg, override_dataset=Dataset.from_dict({"tokens": train.tolist()}), override_model=model
+        ).run()
+    minutes = (time.monotonic() - started) / 60
+
+    mxd = MxD.from_pretrained(output)
+    report = evaluate(mxd, model, held_out)
+    report.save(output / "report.json")
+    console.print(report)
+    texts = continuations(model, mxd, PROMPT, new_tokens)
+    for name, text in texts.items():
+        console.print(f"[bold]{name}[/bold]\n{text}\n", highlight=False)
+    page = write_run_page(
+        output / "index.html",
+        f"A Mixture of Decoders of {model_name}, layer {layer}",
+        read_history(output),
+        report,
+        texts,
+        {
+            "training": f"{cfg.training_tokens:,} tokens, {len(train) * 128:,} of them different",
+            "experts": f"{mxd.cfg.d_sae:,}, {k} active on a token; d_hidden {mxd.cfg.d_hidden:,}",
+            "time": f"{minutes:.1f} minutes until the layer was saved, "
+            f"{(time.monotonic() - started) / 60:.1f} in all",
+            "load it": f'MxD.from_pretrained("{output}")',
+        },
+    )
+    console.print(f"{(time.monotonic() - started) / 60:.1f} minutes. The layer: {output}. The page: {page}")
+    return report
+
+
+def continuations(model: Any, sae: MxD, prompt: str, new_tokens: int) -> dict[str, str]:
+    """What the model writes after `prompt`, by itself and with the layer in its MLP's place."""
+
+    def generate() -> str:
+        return model.generate(prompt, max_new_tokens=new_tokens, do_sample=False, verbose=False)
+
+    original = generate()
+    with model.saes(saes=[sae]):
+        replaced = generate()
+    return {"the unmodified model": original, "with the layer in place of the MLP": replaced}
