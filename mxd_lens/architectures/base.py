@@ -90,7 +90,7 @@ class PairedTranscoderConfig(TranscoderConfig):
 
     @classmethod
     @override
-    def from_dict(cls: type[C], config_dict: dict[str, Any]) -> C:  # type: ignore[override]
+    def from_dict(cls: type[C], config_dict: dict[str, Any]) -> C:
         """The config that `to_dict` wrote; unknown keys are ignored."""
         known: dict[str, Any] = filter_valid_dataclass_fields(config_dict, cls)
         known["metadata"] = SAEMetadata(**config_dict.get("metadata", {}))
@@ -156,7 +156,7 @@ class PairedTranscoder(Transcoder):
     hook_expert_out is the part of y that the experts make, before biases and skip connections.
     """
 
-    cfg: PairedTranscoderConfig  # type: ignore[assignment]
+    cfg: PairedTranscoderConfig
     b_enc: nn.Parameter
 
     def __init__(self, cfg: PairedTranscoderConfig) -> None:
@@ -326,7 +326,7 @@ class PairedTranscoder(Transcoder):
     @override
     def from_dict(cls, config_dict: dict[str, Any]) -> Self:
         """An untrained layer from a config dictionary."""
-        return SAE.from_dict.__func__(cls, config_dict)  # type: ignore[attr-defined]
+        return SAE.from_dict.__func__(cls, config_dict)
 
     @classmethod
     @override
@@ -358,7 +358,7 @@ class PairedTranscoder(Transcoder):
 
     @classmethod
     @override
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         release: str | Path,
         sae_id: str | None = None,
@@ -422,7 +422,7 @@ class TrainingPairedTranscoder(PairedTranscoder, TrainingSAE[Any]):
     step, and the component of C's gradient parallel to each row is removed.
     """
 
-    cfg: TrainingPairedTranscoderConfig  # type: ignore[assignment]
+    cfg: TrainingPairedTranscoderConfig
 
     @override
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
@@ -525,6 +525,6 @@ class TangentGradient(torch.autograd.Function):
         return W.view_as(W)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (W,) = ctx.saved_tensors
         return grad - (grad * W).sum(-1, keepdim=True) * W

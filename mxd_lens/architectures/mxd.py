@@ -80,7 +80,7 @@ class MxD(PairedTranscoder):
     the token through z.
     """
 
-    cfg: MxDConfig  # type: ignore[assignment]
+    cfg: MxDConfig
     W_hidden: nn.Parameter
     b_hidden: nn.Parameter
     W_hidden_gate: nn.Parameter
@@ -144,7 +144,7 @@ class TrainingMxDConfig(MxDConfig, TrainingPairedTranscoderConfig):
 class TrainingMxD(TrainingPairedTranscoder, MxD):
     """An `MxD` in training."""
 
-    cfg: TrainingMxDConfig  # type: ignore[assignment]
+    cfg: TrainingMxDConfig
 
 
 def matched_n_experts(

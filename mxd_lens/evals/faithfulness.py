@@ -1,6 +1,7 @@
 """How faithfully a layer replaces an MLP, and how much of that its experts do."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -192,13 +193,13 @@ def evaluate(
         ce_loss=ce_loss,
         ce_loss_replaced=replaced.ce_loss,
         ce_loss_zero_ablated=ce_zero,
-        ce_loss_recovered=(ce_zero - replaced.ce_loss) / (ce_zero - ce_loss),
+        ce_loss_recovered=share(ce_zero - replaced.ce_loss, ce_zero - ce_loss),
         kl_divergence=replaced.kl_divergence,
         l0=experts.l0,
         dead_fraction=1 - experts.fired.float().mean().item(),
         normalized_mse_mean_gate=mean_gate.normalized_mse,
         normalized_mse_shuffled_gate=shuffled_gate.normalized_mse,
-        feature_share=(mean_gate.normalized_mse - normalized_mse) / mean_gate.normalized_mse,
+        feature_share=share(mean_gate.normalized_mse - normalized_mse, mean_gate.normalized_mse),
         ce_loss_mean_gate=mean_gate.ce_loss,
         ce_loss_shuffled_gate=shuffled_gate.ce_loss,
         normalized_mse_median=replaced.ratio.median().item(),
@@ -218,6 +219,11 @@ def evaluate(
         hook_name=hook_name,
         hook_name_out=hook_name_out,
     )
+
+
+def share(part: float, whole: float) -> float:
+    """part / whole, NaN where there is no whole to have a share in."""
+    return part / whole if whole else math.nan
 
 
 class Run:
@@ -355,7 +361,7 @@ class Experts:
         return self._active / self._tokens
 
 
-Fired = tuple[Int[Tensor, " fired"], Int[Tensor, " fired"]]
+Fired = tuple[Int[Tensor, " fired"], ...]
 
 
 def decompose(

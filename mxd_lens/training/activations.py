@@ -106,10 +106,10 @@ class PairedActivationsStore(ActivationsStore):
 
     @classmethod
     @override
-    def from_config(  # type: ignore[override]
+    def from_config(
         cls,
         model: Any,
-        cfg: "TranscoderRunnerConfig[Any]",
+        cfg: "TranscoderRunnerConfig",
         override_dataset: HfDataset | None = None,
     ) -> Self:
         """The store of a run.
@@ -137,7 +137,7 @@ class PairedActivationsStore(ActivationsStore):
                 store_batch_size_prompts=cfg.store_batch_size_prompts,
                 train_batch_size_tokens=cfg.train_batch_size_tokens,
                 prepend_bos=cfg.prepend_bos,
-                device=cfg.act_store_device,  # type: ignore[arg-type]
+                device=cfg.act_store_device,
                 dtype=cfg.dtype,
                 model_kwargs=cfg.model_kwargs,
                 autocast_lm=cfg.autocast_lm,
@@ -181,7 +181,7 @@ class PairedActivationsStore(ActivationsStore):
             if width != expected:
                 raise ValueError(f"{name} is {expected}, but {hook} of this model has width {width}.")
 
-    def cache_key(self, cfg: "TranscoderRunnerConfig[Any]") -> str:
+    def cache_key(self, cfg: "TranscoderRunnerConfig") -> str:
         """A hash of all that decides the activations: model, hooks, text, tokenisation."""
         first = [s.tolist() for s in islice(self._iterate_tokenized_sequences(), 8)]
         self.n_dataset_processed = 0

@@ -35,22 +35,24 @@ class ActivationCache:
         header = {"key": key, "width": width, "dtype": str(dtype)}
         self._starts = [0]
         self.is_complete = False
-        if self._index.exists():
-            found, *batches = (json.loads(line) for line in self._index.read_text().splitlines())
+        text = self._index.read_text(encoding="utf-8") if self._index.exists() else ""
+        # The line that a killed run was writing is no line.
+        lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        if lines:
+            found, *batches = map(json.loads, lines)
             if found != header:
                 raise ValueError(
                     f"{folder} holds the activations of another model, layer, text or tokenisation: "
                     "name another cached_activations_path, or delete it."
                 )
-            for batch in batches:
-                if "end" in batch:
-                    self._starts.append(batch["end"])
-                self.is_complete |= batch.get("complete", False)
+            self._starts += [batch["end"] for batch in batches if "end" in batch]
+            self.is_complete = any(batch.get("complete", False) for batch in batches)
+            self._index.write_text("".join(lines), encoding="utf-8")
             self._truncate_to(self._starts[-1])
         else:
             folder.mkdir(parents=True, exist_ok=True)
             self._rows.write_bytes(b"")
-            self._write_line(header)
+            self._index.write_text(json.dumps(header) + "\n", encoding="utf-8")
 
     def __len__(self) -> int:
         """The number of batches."""
@@ -96,5 +98,5 @@ class ActivationCache:
             file.truncate(rows * self._row_bytes)
 
     def _write_line(self, line: dict[str, object]) -> None:
-        with self._index.open("a") as file:
+        with self._index.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

@@ -4,7 +4,7 @@ import json
 import shutil
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 import wandb
@@ -20,8 +20,6 @@ from mxd_lens.architectures.base import TrainingPairedTranscoder, TrainingPaired
 from mxd_lens.models import load_model
 from mxd_lens.training.activations import PairedActivationsStore
 from mxd_lens.training.trainer import PARTIAL, TranscoderTrainer, complete_checkpoints
-
-T = TypeVar("T", bound=TrainingPairedTranscoderConfig, covariant=True)
 
 HISTORY_FILENAME = "history.json"
 LATEST = "latest"
@@ -53,7 +51,7 @@ WHERE_NOT_WHAT = (
 
 
 @dataclass
-class TranscoderRunnerConfig(LanguageModelSAERunnerConfig[T], Generic[T]):
+class TranscoderRunnerConfig(LanguageModelSAERunnerConfig[TrainingPairedTranscoderConfig]):
     """A training run. SAELens' `LanguageModelSAERunnerConfig` with an output hook and other defaults.
 
     The defaults are the recipe of the paper's code on GPT-2: AdamW without weight decay (SAELens' Adam
@@ -65,6 +63,7 @@ class TranscoderRunnerConfig(LanguageModelSAERunnerConfig[T], Generic[T]):
     model_from_pretrained_kwargs.
     """
 
+    sae: TrainingPairedTranscoderConfig
     model_name: str = "gpt2"
     """A name for `load_model`."""
     hook_name: str = "blocks.8.mlp.hook_in"
@@ -130,7 +129,7 @@ class TranscoderRunnerConfig(LanguageModelSAERunnerConfig[T], Generic[T]):
         super().__post_init__()
         # SAELens puts a random folder in between, and a later run could not find its checkpoints.
         self.checkpoint_path = checkpoint_path
-        self.model_from_pretrained_kwargs = {}
+        self.model_from_pretrained_kwargs: dict[str, Any] | None = {}
 
     def latest_checkpoint(self) -> Path | None:
         """The checkpoint that `resume_from_checkpoint` means."""
@@ -150,7 +149,7 @@ class TranscoderTrainingRunner:
 
     def __init__(
         self,
-        cfg: TranscoderRunnerConfig[Any],
+        cfg: TranscoderRunnerConfig,
         override_dataset: HfDataset | None = None,
         override_model: Any | None = None,
         override_sae: TrainingSAE[Any] | None = None,

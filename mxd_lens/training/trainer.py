@@ -49,6 +49,7 @@ class TranscoderTrainer(SAETrainer[Any, Any]):
         self.history: list[dict[str, float]] = []
         """One entry per logged step: step, tokens, loss, normalized_mse, l0, dead, lr."""
         self.stop_requested = False
+        self.checkpoint_thresholds: list[int]
 
     @property
     def last_checkpoint(self) -> Path | None:
@@ -84,7 +85,7 @@ class TranscoderTrainer(SAETrainer[Any, Any]):
     def _update_pbar(
         self,
         step_output: TrainStepOutput,
-        pbar: tqdm,  # type: ignore[type-arg]
+        pbar: tqdm,
         update_interval: int = 1,
     ) -> None:
         """The end of a step: log it, save if it is time to, stop if asked to."""
@@ -95,8 +96,8 @@ class TranscoderTrainer(SAETrainer[Any, Any]):
                 "step": self.n_training_steps,
                 "tokens": self.n_training_samples,
                 "loss": float(step_output.loss),
-                "normalized_mse": float(step_output.metrics["normalized_mse"]),  # type: ignore[arg-type]
-                "l0": float(step_output.metrics["l0"]),  # type: ignore[arg-type]
+                "normalized_mse": float(step_output.metrics["normalized_mse"]),
+                "l0": float(step_output.metrics["l0"]),
                 "dead": int(self.dead_neurons.sum()),
                 "lr": self.optimizer.param_groups[0]["lr"],
             }

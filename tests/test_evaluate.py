@@ -1,0 +1,228 @@
+"""The faithfulness report against the same numbers computed token by token, and against SAELens' own."""
+
+import json
+from io import StringIO
+
+import pytest
+import torch
+from conftest import D_MODEL, HOOK_IN, HOOK_OUT
+from datasets import Dataset
+from sae_lens import ActivationsStore, SkipTranscoder, TopKSAE, TopKSAEConfig
+from sae_lens.evals import EvalConfig, run_evals
+from sae_lens.saes.sae import SAEMetadata
+from sae_lens.saes.transcoder import SkipTranscoderConfig
+from sae_lens.training.activation_scaler import ActivationScaler
+from test_attach import random_mxd
+
+from mxd_lens import FaithfulnessReport, evaluate
+
+BOS = 1
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randint(3, 20, (7, 12), generator=generator)
+    tokens[:, 0] = BOS
+    return tokens
+
+
+def layer(kind: str):
+    """A layer of each kind that `evaluate` must be right for."""
+    if kind.startswith("mxd"):
+        changes = {"k": None} if kind == "mxd with relu" else {}
+        mxd = random_mxd(D_MODEL, **changes)
+        mxd.cfg.metadata.exclude_special_tokens = True
+        return mxd
+    skip = SkipTranscoder(
+        SkipTranscoderConfig(
+            d_in=D_MODEL,
+            d_out=D_MODEL,
+            d_sae=24,
+            apply_b_dec_to_input=False,
+            metadata=SAEMetadata(hook_name=HOOK_IN, hook_name_out=HOOK_OUT, exclude_special_tokens=[BOS]),
+        )
+    ).requires_grad_(False)
+    torch.manual_seed(0)
+    for parameter in skip.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return skip
+
+
+def output_with_gate(sae, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+    """The layer's output from its formula, with `gate` in the place of C^T a."""
+    a = sae.encode(x)
+    mixture = a @ sae.W_dec if gate is None else gate
+    if isinstance(sae, SkipTranscoder):
+        return mixture + x @ sae.W_skip.T + sae.b_dec
+    return mixture * (sae.hidden(x) @ sae.W_out) + sae.b_dec
+
+
+@torch.no_grad()
+def by_hand(sae, model, tokens: torch.Tensor) -> dict[str, float]:
+    """Every number of the report, a sequence and a token at a time."""
+    xs, ys = [], []
+    for row in tokens:
+        cache = model.run_with_cache(row[None])[1]
+        xs.append(cache[HOOK_IN][0, 1:])
+        ys.append(cache[HOOK_OUT][0, 1:])
+    acts = torch.cat([sae.encode(x) for x in xs])
+    mean_gate = (acts @ sae.W_dec).mean(0)
+    gates = {
+        "": [x @ sae.W_enc * 0 for x in xs],  # replaced below
+        "_mean_gate": [mean_gate.expand(len(x), D_MODEL) for x in xs],
+        "_shuffled_gate": [(sae.encode(x) @ sae.W_dec).roll(len(x) // 2, 0) for x in xs],
+    }
+    y = torch.cat(ys)
+    numbers: dict[str, float] = {
+        "l0": (acts > 0).sum(-1).float().mean().item(),
+        "dead_fraction": ((acts > 0).sum(0) == 0).float().mean().item(),
+    }
+
+    def loss_and_log_probabilities(outputs) -> tuple[float, torch.Tensor]:
+        losses, distributions = [], []
+        for row, out in zip(tokens, outputs, strict=True):
+
+            def put(y, hook, out=out):
+                return y if out is None else torch.cat([y[:, :1], out[None]], dim=1)
+
+            logits = model.run_with_hooks(row[None], fwd_hooks=[(HOOK_OUT, put)])[0]
+            distribution = logits.log_softmax(-1)[1:-1]
+            losses += [-distribution[t, row[t + 2]] for t in range(len(distribution))]
+            distributions.append(distribution)
+        return torch.stack(losses).mean().item(), torch.cat(distributions)
+
+    numbers["ce_loss"], base = loss_and_log_probabilities([None] * len(xs))
+    numbers["ce_loss_zero_ablated"], _ = loss_and_log_probabilities([torch.zeros_like(y) for y in ys])
+    for name, gate in gates.items():
+        outputs = [output_with_gate(sae, x, g if name else None) for x, g in zip(xs, gate, strict=True)]
+        error = (torch.cat(outputs) - y).pow(2).sum(-1)
+        numbers[f"normalized_mse{name}"] = (error / y.pow(2).sum(-1)).mean().item()
+        numbers[f"ce_loss{name or '_replaced'}"], distribution = loss_and_log_probabilities(outputs)
+        if not name:
+            numbers["fraction_of_variance_unexplained"] = (error.sum() / (y - y.mean(0)).pow(2).sum()).item()
+            numbers["normalized_mse_median"] = (error / y.pow(2).sum(-1)).median().item()
+            numbers["kl_divergence"] = (base.exp() * (base - distribution)).sum(-1).mean().item()
+    numbers["feature_share"] = 1 - numbers["normalized_mse"] / numbers["normalized_mse_mean_gate"]
+    numbers["ce_loss_recovered"] = (numbers["ce_loss_zero_ablated"] - numbers["ce_loss_replaced"]) / (
+        numbers["ce_loss_zero_ablated"] - numbers["ce_loss"]
+    )
+    return numbers
+
+
+@pytest.mark.parametrize("kind", ["mxd", "mxd with relu", "skip transcoder"])
+def test_every_number_is_the_one_computed_by_hand(kind, tiny_model, tokens):
+    sae = layer(kind)
+    report = evaluate(sae, tiny_model, tokens, batch_size=3, progress=False).to_dict()
+    for name, value in by_hand(sae, tiny_model, tokens).items():
+        assert report[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    assert report["n_tokens"] == 7 * 11
+    assert (report["hook_name"], report["hook_name_out"]) == (HOOK_IN, HOOK_OUT)
+
+
+def test_the_batch_size_does_not_matter(tiny_model, tokens):
+    sae = layer("mxd")
+    one, all_ = (evaluate(sae, tiny_model, tokens, batch_size=b, progress=False).to_dict() for b in (1, 7))
+    for name, value in one.items():
+        if isinstance(value, float):
+            assert all_[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+
+
+def test_largest_tokens_are_the_largest(tiny_model, tokens):
+    report = evaluate(layer("mxd"), tiny_model, tokens, progress=False)
+    y = tiny_model.run_with_cache(tokens)[1][HOOK_OUT][:, 1:].flatten(0, 1)
+    largest = y.norm(dim=-1).topk(5)
+    assert [t["norm"] for t in report.largest_tokens] == pytest.approx(largest.values.tolist(), rel=1e-5)
+    ids = tokens[:, 1:].flatten()[largest.indices]
+    assert [t["token"] for t in report.largest_tokens] == [tiny_model.tokenizer.decode([i]) for i in ids]
+
+
+def test_the_layer_itself_replaced_by_a_perfect_one_recovers_everything(tiny_model, tokens):
+    from test_mxd import mlp_as_mxd
+
+    mxd = mlp_as_mxd(tiny_model.blocks[1].mlp, "silu")
+    mxd.cfg.metadata = SAEMetadata(hook_name=HOOK_IN, hook_name_out=HOOK_OUT)
+    report = evaluate(mxd, tiny_model, tokens, progress=False)
+    assert report.normalized_mse < 1e-9
+    assert report.ce_loss_recovered == pytest.approx(1, abs=1e-4)
+    assert report.kl_divergence == pytest.approx(0, abs=1e-5)
+    # Its one expert is always on: the mean gate is as good, and the report says so.
+    assert report.normalized_mse_mean_gate < 1e-9
+
+
+def test_an_ordinary_sae_gets_saelens_own_numbers(tiny_model, tokens):
+    sae = TopKSAE(
+        TopKSAEConfig(
+            d_in=D_MODEL,
+            d_sae=24,
+            k=3,
+            metadata=SAEMetadata(hook_name=HOOK_OUT, context_size=12, prepend_bos=True),
+        )
+    ).requires_grad_(False)
+    dataset = Dataset.from_dict({"tokens": tokens.tolist()})
+    store = ActivationsStore.from_sae(
+        tiny_model, sae, dataset, streaming=False, store_batch_size_prompts=7, context_size=12
+    )
+    theirs, _ = run_evals(
+        sae,
+        store,
+        tiny_model,
+        ActivationScaler(),
+        EvalConfig(
+            batch_size_prompts=7,
+            n_eval_reconstruction_batches=1,
+            n_eval_sparsity_variance_batches=1,
+            compute_kl=True,
+            compute_ce_loss=True,
+            compute_l2_norms=True,
+            compute_sparsity_metrics=True,
+            compute_variance_metrics=True,
+        ),
+        exclude_special_tokens=False,
+        verbose=False,
+    )
+    ours = evaluate(sae, tiny_model, tokens, progress=False)
+    ce = theirs["model_performance_preservation"]
+    assert ours.ce_loss == pytest.approx(ce["ce_loss_without_sae"], rel=1e-4)
+    assert ours.ce_loss_replaced == pytest.approx(ce["ce_loss_with_sae"], rel=1e-4)
+    assert ours.ce_loss_zero_ablated == pytest.approx(ce["ce_loss_with_ablation"], rel=1e-4)
+    assert ours.ce_loss_recovered == pytest.approx(ce["ce_loss_score"], rel=1e-3)
+    assert ours.l0 == pytest.approx(theirs["sparsity"]["l0"], rel=1e-4)
+    explained = theirs["reconstruction_quality"]["explained_variance"]
+    assert 1 - ours.fraction_of_variance_unexplained == pytest.approx(explained, rel=1e-3)
+
+
+def test_report_round_trip_and_table(tiny_model, tokens, tmp_path):
+    from rich.console import Console
+
+    report = evaluate(layer("mxd"), tiny_model, tokens, progress=False)
+    report.save(tmp_path / "report.json")
+    assert FaithfulnessReport.load(tmp_path / "report.json") == report
+    assert json.loads((tmp_path / "report.json").read_text())["l0"] == report.l0
+    console = Console(record=True, width=140, file=StringIO())
+    console.print(report)
+    text = console.export_text()
+    assert f"{report.normalized_mse:.3f}" in text
+    assert f"{report.ce_loss_mean_gate:.3f}" in text
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (torch.zeros(4, dtype=torch.long), "tokens must be ids"),
+        (torch.zeros(4, 1, dtype=torch.long), "tokens must be ids"),
+        (torch.zeros(4, 5), "tokens must be ids"),
+        (torch.full((4, 5), BOS), "all are special tokens"),
+        (torch.zeros(0, 5, dtype=torch.long), "no tokens to judge"),
+    ],
+)
+def test_tokens_that_cannot_be_judged(bad, message, tiny_model):
+    with pytest.raises(ValueError, match=message):
+        evaluate(layer("mxd"), tiny_model, bad, progress=False)
+
+
+def test_a_layer_of_another_model_is_refused(tiny_model, tokens):
+    sae = layer("mxd")
+    sae.cfg.metadata.model_name = "pythia-70m"
+    with pytest.raises(ValueError, match="trained on pythia-70m"):
+        evaluate(sae, tiny_model, tokens, progress=False)

