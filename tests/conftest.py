@@ -47,7 +47,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 num_hidden_layers=3,
                 num_attention_heads=2,
                 num_key_value_heads=1,
-                max_position_embeddings=64,
+                max_position_embeddings=256,
                 bos_token_id=1,
                 eos_token_id=2,
                 initializer_range=0.3,

@@ -120,6 +120,10 @@ class PairedActivationsStore(ActivationsStore):
         dataset = override_dataset if override_dataset is not None else load_text(cfg.dataset_path)
         if isinstance(dataset, Dataset) and len(dataset) == 0:
             raise ValueError("The data set is empty.")
+        if cfg.context_size > model.cfg.n_ctx:
+            raise ValueError(
+                f"context_size is {cfg.context_size}; {model.cfg.model_name} reads {model.cfg.n_ctx} tokens."
+            )
         hook_in = hook_point_name(model, cfg.hook_name)
         hook_out = hook_point_name(model, cfg.hook_name_out)
         excluded = special_token_ids(model, cfg.exclude_special_tokens)
@@ -237,7 +241,9 @@ class PairedActivationsStore(ActivationsStore):
         behind = self._llm_batch * self.store_batch_size_prompts - self._sequences_read
         for _ in islice(self.iterable_sequences, behind):  # a resumed run, or batches that were cached
             pass
-        sequences = list(islice(self.iterable_sequences, self.store_batch_size_prompts))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "To copy construct from a tensor", UserWarning)
+            sequences = list(islice(self.iterable_sequences, self.store_batch_size_prompts))
         self._sequences_read += behind + len(sequences)
         return torch.stack(sequences) if sequences else None
 

@@ -1,0 +1,124 @@
+"""The command line, run as a user runs it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import D_MODEL, HOOK_IN, HOOK_OUT
+from typer.testing import CliRunner
+
+from mxd_lens import MxD, __version__
+from mxd_lens.cli import app
+
+COMMANDS = ["train", "evaluate", "demo"]
+
+
+def run(*arguments: object, code: int = 0):
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == code, result.output
+    return result
+
+
+@pytest.fixture
+def text_file(tmp_path: Path, words: list[str]) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text("\n\n".join(words))
+    return file
+
+
+@pytest.fixture
+def small(tiny_folder: Path, text_file: Path) -> list[object]:
+    options = "--layer 1 --tokens 400 --batch 32 --context 16 --experts 40 --hidden 24 --k 4 --checkpoints 2"
+    return ["--model", tiny_folder, "--text", text_file, *options.split()]
+
+
+def test_train_and_evaluate(small, tiny_folder, text_file, tmp_path):
+    out = tmp_path / "mxd"
+    result = run("train", out, *small, "--activation", "silu", "--gated")
+    assert f"mxd-lens evaluate {out}" in result.output
+    mxd = MxD.from_pretrained(out)
+    assert (mxd.cfg.d_sae, mxd.cfg.d_hidden, mxd.cfg.k, mxd.cfg.gated) == (40, 24, 4, True)
+    assert (mxd.cfg.metadata.hook_name, mxd.cfg.metadata.hook_name_out) == (HOOK_IN, HOOK_OUT)
+    report, page = tmp_path / "report.json", tmp_path / "page.html"
+    result = run("evaluate", out, "--text", text_file, "--sequences", 5, "--json", report, "--html", page)
+    numbers = json.loads(report.read_text())
+    assert f"{numbers['normalized_mse']:.3f}" in result.output
+    assert 5 * 13 <= numbers["n_tokens"] <= 5 * 15  # of 16 tokens one is BOS, and one or two separate
+    assert page.read_text().startswith("<!doctype html>")
+
+
+def test_relu_sparsity(small, tmp_path):
+    run("train", tmp_path / "relu", *small, "--k", 0, "--l1", 0.01)
+    assert MxD.from_pretrained(tmp_path / "relu").cfg.k is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--k", 41], "k must be at most d_sae, got k = 41 and d_sae = 40"),
+        (["--activation", "swish"], "hidden_activation must be one of"),
+        (["--hook-in", "blocks.1.mlp.hook_inn"], "no hook point 'blocks.1.mlp.hook_inn'. Near:"),
+        (["--layer", 9], "no hook point 'blocks.9.mlp.hook_in'"),
+        (["--text", "./nowhere.txt"], "There is no text at ./nowhere.txt"),
+        (["--tokens", 10], "less than one batch"),
+        (["--model", "./nowhere"], "not a Hugging Face model folder"),
+    ],
+)
+def test_mistakes_are_said_in_a_line(arguments, message, small, tmp_path):
+    result = run("train", tmp_path / "out", *small, *arguments, code=1)
+    assert f"Error: {message}" in result.output or message in result.output
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "out" / "cfg.json").exists()
+
+
+def test_a_folder_with_another_run_is_kept(small, tmp_path):
+    run("train", tmp_path / "out", *small)
+    before = (tmp_path / "out" / "sae_weights.safetensors").read_bytes()
+    result = run("train", tmp_path / "out", *small, code=1)
+    assert "holds another run" in result.output
+    assert (tmp_path / "out" / "sae_weights.safetensors").read_bytes() == before
+
+
+def test_evaluate_says_what_is_wrong_with_a_folder(tmp_path):
+    assert "cfg.json" in run("evaluate", tmp_path, code=1).output
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_is_documented(command):
+    from typer.main import get_command
+
+    for parameter in get_command(app).commands[command].params:
+        if parameter.name != "help":
+            assert parameter.help, f"{command} {parameter.name}"
+
+
+def test_version():
+    assert run("--version").output.strip() == f"mxd_lens {__version__}"
+
+
+def test_help_waits_for_nothing_heavy():
+    """Seconds are not asserted: that torch and SAELens stay out is what keeps --help quick."""
+    heavy = {"torch", "sae_lens", "transformers", "numpy"}
+    code = f"import sys, mxd_lens.cli; assert not {heavy} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_demo(tiny_folder, tmp_path):
+    from mxd_lens.demo import run_demo
+
+    report = run_demo(
+        tmp_path,
+        layer=1,
+        training_tokens=2000,
+        text_tokens=1000,
+        n_sequences=2,
+        new_tokens=4,
+        model_name=str(tiny_folder),
+        k=8,
+    )
+    assert report.normalized_mse > 0
+    assert (tmp_path / "report.json").exists()
+    assert "with the layer in place of the MLP" in (tmp_path / "index.html").read_text()
+    assert MxD.from_pretrained(tmp_path).cfg.d_in == D_MODEL
