@@ -55,7 +55,7 @@ class Kernels(Protocol):
         right: Float[Tensor, "n d"],
         right_rows: Int[Tensor, " entries"],
     ) -> Float[Tensor, " entries"]:
-        """left[left_rows_e] . right[right_rows_e]."""
+        """left[left_rows_e] . right[right_rows_e], in the tensors' precision or better."""
 
 
 class ByRow(NamedTuple):
@@ -161,7 +161,7 @@ class _SparseDecode(torch.autograd.Function):
             dots = ctx.kernels.dot_products(g, entries.tokens, W_dec, entries.rows)
         if needs_values:
             d_values = torch.empty_like(values)
-            d_values.view(-1)[entries.order] = dots
+            d_values.view(-1)[entries.order] = dots.to(values.dtype)
         if needs_W:
             weights = values.flatten()[entries.order]
             if ctx.unit_rows:
