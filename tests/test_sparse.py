@@ -27,7 +27,9 @@ def _why_no_triton() -> str | None:
     if find_spec("triton") is None:
         return "triton is not installed"
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        return "no GPU, and triton was imported before its interpreter could be chosen"
+        return (
+            "no GPU, and triton was imported before: TRITON_INTERPRET=1 pytest tests/test_sparse.py"
+        )
     return None
 
 
@@ -281,6 +283,18 @@ def test_autocast_sets_the_dtype(device: str) -> None:
     assert (values.dtype, mixture.dtype) == (torch.bfloat16, torch.bfloat16)
     mixture.sum().backward()
     assert layer.W_enc.grad.dtype == torch.float32
+
+
+def test_a_compiled_step_has_the_same_gradients() -> None:
+    def loss(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor) -> Tensor:
+        values, indices = topk_gate(x * 2, W_enc, b_enc, 2)
+        return (sparse_decode(values, indices, W_dec, unit_rows=True) ** 2).mean()
+
+    compiled, plain = (make((4,), 3, 5, 9) for _ in range(2))
+    torch.compile(loss, backend="eager")(*compiled).backward()
+    loss(*plain).backward()
+    for actual, expected in zip(compiled, plain, strict=True):
+        torch.testing.assert_close(actual.grad, expected.grad)
 
 
 def test_errors_name_what_was_given() -> None:

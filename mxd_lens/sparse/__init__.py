@@ -7,7 +7,9 @@ The two operations every architecture here is made of:
 
 Time and memory grow with d_sae through the gate's forward product alone: no
 `[batch, d_sae]` matrix exists whole in the forward pass, and none exists in the
-backward pass. Gradients are exact; they cannot be differentiated again.
+backward pass. Gradients are exact; they cannot be differentiated again. Under
+`torch.compile` both operations run as they are, between compiled graphs: a step
+compiles, but not with `fullgraph=True`.
 
 Each operation has three implementations, chosen by the device of its input:
 "reference" (dense, what the formula says), "cpu" and "triton" (CUDA). A test or
@@ -24,7 +26,6 @@ other layout is right too, at the price of a transposed copy in each step.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -79,7 +80,7 @@ def topk_gate(
     if not 1 <= k <= d_sae:
         raise ValueError(f"k must lie between 1 and d_sae = {d_sae}, not {k}")
     _same_dtype(x=x, W_enc=W_enc, b_enc=b_enc)
-    return _operations(x).topk_gate(x, W_enc, b_enc, k)
+    return _run("topk_gate", x, W_enc, b_enc, k)
 
 
 def sparse_decode(
@@ -105,22 +106,16 @@ def sparse_decode(
             f"not {list(values.shape)}, {list(indices.shape)} and {list(W_dec.shape)}"
         )
     _same_dtype(values=values, W_dec=W_dec)
-    return _operations(values).sparse_decode(values, indices, W_dec, unit_rows=unit_rows)
+    return _run("sparse_decode", values, indices, W_dec, unit_rows=unit_rows)
 
 
-class _Operations:
-    """The two operations, bound to one set of kernels."""
-
-    def __init__(self, kernels: autograd.Kernels) -> None:
-        self.topk_gate = partial(autograd.topk_gate, kernels)
-        self.sparse_decode = partial(autograd.sparse_decode, kernels)
-
-
-def _operations(tensor: Tensor) -> Any:
-    name = _forced.get() or _by_device(tensor.device)
+@torch.compiler.disable
+def _run(operation: str, first: Tensor, *rest: Any, **options: Any) -> Any:
+    name = _forced.get() or _by_device(first.device)
     if name == "reference":
-        return reference
-    return _Operations(import_module(f"mxd_lens.sparse.{name}"))
+        return getattr(reference, operation)(first, *rest, **options)
+    kernels = import_module(f"mxd_lens.sparse.{name}")
+    return getattr(autograd, operation)(kernels, first, *rest, **options)
 
 
 def _by_device(device: torch.device) -> Implementation:
