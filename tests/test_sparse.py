@@ -192,12 +192,17 @@ def test_an_index_may_occur_twice(device: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_sums_in_float32(device: str, dtype: torch.dtype) -> None:
     """Adding ones one by one in half precision stops at 256 (bfloat16) or 2048 (float16)."""
-    values = torch.ones(150, 20, dtype=dtype, device=device)
+
+    def ones(*shape: int) -> Tensor:
+        return torch.ones(shape, dtype=dtype, device=device, requires_grad=True)
+
+    W_enc, b_enc, W_dec = ones(1, 1), ones(1), ones(1, 1)
+    topk_gate(ones(3000, 1).detach(), W_enc, b_enc, 1)[0].sum().backward()
     indices = torch.zeros(150, 20, dtype=torch.int64, device=device)
-    W_dec = torch.ones(1, 1, dtype=dtype, device=device, requires_grad=True)
-    sparse_decode(values, indices, W_dec).sum().backward()
-    assert W_dec.grad is not None
-    assert W_dec.grad.item() == pytest.approx(3000, rel=0.01)
+    sparse_decode(ones(150, 20).detach(), indices, W_dec).sum().backward()
+    for weight in (W_enc, b_enc, W_dec):
+        assert weight.grad is not None
+        assert weight.grad.item() == pytest.approx(3000, rel=0.01)
 
 
 @pytest.mark.parametrize("wanted", range(4), ids=Layer._fields)
