@@ -20,7 +20,15 @@ def sparse_decode(
     values: Float[Tensor, "*batch k"],
     indices: Int[Tensor, "*batch k"],
     W_dec: Float[Tensor, "d_sae d_out"],
+    *,
+    unit_rows: bool = False,
 ) -> Float[Tensor, "*batch d_out"]:
-    """sum_j values_j W_dec[indices_j]."""
+    """sum_j values_j W_dec[indices_j].
+
+    Dividing rows of unit norm by their norm changes no value, and its derivative
+    is the projection away from the row.
+    """
+    if unit_rows:
+        W_dec = W_dec / W_dec.norm(dim=-1, keepdim=True)
     a = values.new_zeros(*values.shape[:-1], W_dec.shape[0])
     return a.scatter_add(-1, indices, values) @ W_dec

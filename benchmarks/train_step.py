@@ -1,0 +1,269 @@
+"""Time and memory of one training step: `python -m benchmarks.train_step --help`.
+
+Contestants run in turn in one process, so that a slow moment of the machine hits
+all of them; medians and quartiles are reported. Peak memory is measured in a
+process of its own for each, as what one forward and backward pass adds to the
+weights and the batch.
+"""
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median, quantiles
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, nn
+
+from benchmarks.contestants import CONTESTANTS, Size, missing_package
+
+SIZES = {
+    "gpt2": Size(d=768, n_experts=21_490, d_hidden=3_072, k=32, batch=4_096),
+    "pythia-1.4b": Size(d=2_048, n_experts=57_344, d_hidden=8_192, k=32, batch=4_096),
+    "llama-3.2-3b": Size(d=3_072, n_experts=86_016, d_hidden=12_288, k=32, batch=4_096),
+}
+
+SWEEP_N = (2_048, 4_096, 8_192, 16_384, 32_768, 65_536)
+SWEEP_K = (8, 16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a contestant runs."""
+
+    device: str
+    dtype: torch.dtype
+
+    def synchronize(self) -> None:
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize(self.device)
+
+
+@dataclass
+class Timing:
+    """Seconds over the rounds."""
+
+    median: float
+    lower_quartile: float
+    upper_quartile: float
+
+    @classmethod
+    def of(cls, seconds: list[float]) -> "Timing":
+        if len(seconds) < 2:
+            return cls(seconds[0], seconds[0], seconds[0])
+        lower, _, upper = quantiles(seconds, n=4, method="inclusive")
+        return cls(median(seconds), lower, upper)
+
+
+@dataclass
+class Result:
+    """What was measured for one contestant at one size."""
+
+    name: str
+    size: Size
+    parameters: int
+    forward_backward: Timing
+    optimizer: Timing
+    peak_bytes: int | None
+    """What forward and backward add to weights and batch; None where it cannot be measured."""
+
+
+class Contestant:
+    """A layer, its optimiser and its batch."""
+
+    def __init__(self, name: str, size: Size, setting: Setting) -> None:
+        torch.manual_seed(0)
+        self.setting = setting
+        self.layer: nn.Module = CONTESTANTS[name](size).to(setting.device, setting.dtype)
+        self.x, self.y = _batch(size, setting)
+        self.optimizer = torch.optim.AdamW(
+            self.layer.parameters(), lr=1e-4, weight_decay=0.0, fused=True
+        )
+
+    def forward_backward(self) -> float:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.setting.synchronize()
+        start = time.perf_counter()
+        self.layer(self.x, self.y).backward()
+        self.setting.synchronize()
+        return time.perf_counter() - start
+
+    def optimizer_step(self) -> float:
+        start = time.perf_counter()
+        self.optimizer.step()
+        self.setting.synchronize()
+        return time.perf_counter() - start
+
+
+def _batch(size: Size, setting: Setting) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(2, size.batch, size.d, generator=generator)
+    return x.to(setting.device, setting.dtype), y.to(setting.device, setting.dtype)
+
+
+def peak_bytes(name: str, size: Size, setting: Setting) -> int | None:
+    """What forward and backward add to weights and batch, at their highest.
+
+    Meant for a fresh process. On a CPU it is the resident set, which Linux alone
+    tells with a peak that can be reset.
+    """
+    small = replace(size, n_experts=512, d_hidden=64, batch=16, k=min(size.k, 64))
+    Contestant(name, small, setting).forward_backward()
+    contestant = Contestant(name, size, setting)
+    if setting.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(setting.device)
+        before = torch.cuda.memory_allocated(setting.device)
+        contestant.forward_backward()
+        return torch.cuda.max_memory_allocated(setting.device) - before
+    if platform.system() != "Linux":
+        return None
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _resident("VmRSS")
+    contestant.forward_backward()
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def measure(
+    names: Iterable[str], sizes: Iterable[Size], setting: Setting, rounds: int, console: Console
+) -> list[Result]:
+    """Every contestant at every size; at one size the contestants take turns."""
+    names, sizes = list(names), list(sizes)
+    results = []
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("training steps", total=len(sizes) * len(names) * (rounds + 2))
+        for size in sizes:
+            peaks = {}
+            for name in names:
+                peaks[name] = _alone(name, size, setting)
+                progress.advance(task)
+            contestants = {name: Contestant(name, size, setting) for name in names}
+            passes: dict[str, list[float]] = {name: [] for name in names}
+            updates: dict[str, list[float]] = {name: [] for name in names}
+            for _ in range(rounds + 1):
+                for name, contestant in contestants.items():
+                    passes[name].append(contestant.forward_backward())
+                    updates[name].append(contestant.optimizer_step())
+                    contestant.optimizer.zero_grad(set_to_none=True)
+                    progress.advance(task)
+            results += [
+                Result(
+                    name,
+                    size,
+                    sum(p.numel() for p in contestants[name].layer.parameters()),
+                    # The first round warms caches and allocates the optimiser's state.
+                    Timing.of(passes[name][1:]),
+                    Timing.of(updates[name][1:]),
+                    peaks[name],
+                )
+                for name in names
+            ]
+    return results
+
+
+def _alone(name: str, size: Size, setting: Setting) -> int | None:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(peak_bytes, name, size, setting).result()
+
+
+def table(results: list[Result]) -> Table:
+    """One line a contestant, with its factors over the reference and the floor."""
+    size = results[0].size
+    by_name = {result.name: result for result in results}
+    reference, floor = by_name.get("reference MxD"), by_name.get("floor")
+    out = Table(
+        title=f"d {size.d}, N {size.n_experts:,}, H {size.d_hidden:,}, "
+        f"K {size.k}, batch {size.batch:,}"
+    )
+    out.add_column("")
+    for column in (
+        "parameters, M",
+        "forward + backward, s",
+        "quartiles",
+        "times faster than the reference",
+        "times the floor",
+        "AdamW, s",
+        "peak above weights, MB",
+    ):
+        out.add_column(column, justify="right")
+    for result in results:
+        seconds = result.forward_backward
+        out.add_row(
+            result.name,
+            f"{result.parameters / 1e6:.1f}",
+            f"{seconds.median:.4g}",
+            f"{seconds.lower_quartile:.4g}-{seconds.upper_quartile:.4g}",
+            f"{reference.forward_backward.median / seconds.median:.2f}" if reference else "",
+            f"{seconds.median / floor.forward_backward.median:.2f}" if floor else "",
+            f"{result.optimizer.median:.3g}",
+            "" if result.peak_bytes is None else f"{result.peak_bytes / 1e6:,.0f}",
+        )
+    return out
+
+
+def machine(setting: Setting) -> dict[str, str | int]:
+    """What the numbers depend on and a reader cannot see from them."""
+    cuda = setting.device.startswith("cuda")
+    return {
+        "device": torch.cuda.get_device_name(setting.device) if cuda else platform.machine(),
+        "dtype": str(setting.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Help)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--size", default="gpt2", choices=SIZES, help="whose layer")
+    parser.add_argument("--batch", type=int, help="tokens per step, in place of the size's 4,096")
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds")
+    parser.add_argument("--only", nargs="+", choices=CONTESTANTS, metavar="NAME")
+    parser.add_argument("--sweep", action="store_true", help="grow N, then K, around the size")
+    parser.add_argument("--json", type=Path, help="also write everything measured here")
+    options = parser.parse_args()
+
+    console = Console()
+    setting = Setting(options.device, getattr(torch, options.dtype))
+    size = SIZES[options.size]
+    size = replace(size, batch=options.batch or size.batch)
+    sizes = [size]
+    names = options.only or list(CONTESTANTS)
+    if options.sweep:
+        sizes = [replace(size, n_experts=n) for n in SWEEP_N]
+        sizes += [replace(size, k=k) for k in SWEEP_K]
+        names = options.only or ["reference MxD", "MxD", "floor"]
+    for name in list(names):
+        if package := missing_package(name):
+            console.print(f"{name}: left out, package {package} is not installed")
+            names.remove(name)
+
+    results: list[Result] = []
+    for one in sizes:
+        results += measure(names, [one], setting, options.rounds, console)
+        console.print(table(results[-len(names) :]))
+    if options.json:
+        report = {"machine": machine(setting), "results": [asdict(r) for r in results]}
+        options.json.write_text(json.dumps(report, indent=1))
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+if __name__ == "__main__":
+    main()
