@@ -430,6 +430,6 @@ def test_fold_W_dec_norm_is_exact_or_refused():
 def test_active_experts_are_those_of_encode(x):
     mxd = random_mxd()
     values, indices = mxd.active_experts(x)
-    assert torch.equal(torch.zeros(len(x), N).double().scatter(-1, indices, values), mxd.encode(x))
+    torch.testing.assert_close(torch.zeros(len(x), N).double().scatter(-1, indices, values), mxd.encode(x))
     with pytest.raises(ValueError, match="relu sparsity"):
         random_mxd(k=None).active_experts(x)

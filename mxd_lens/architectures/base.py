@@ -179,7 +179,7 @@ class PairedTranscoder(Transcoder):
     def initialize_weights(self) -> None:
         """W_enc as a linear layer's default, rows of W_dec uniform(-1, 1) at unit norm, biases 0."""
         cfg = self.cfg
-        self.W_enc = self.new_linear(cfg.d_in, cfg.d_sae)
+        self.W_enc = nn.Parameter(expert_by_expert(self.new_linear(cfg.d_in, cfg.d_sae).data))
         self.b_enc = self.new_parameter(cfg.d_sae)
         self.W_dec = self.new_parameter(cfg.d_sae, cfg.d_out)
         self.b_dec = self.new_parameter(cfg.d_out)
@@ -305,7 +305,12 @@ class PairedTranscoder(Transcoder):
                 f"of W_dec have norms from {norms.min():.3g} to {norms.max():.3g}."
             )
 
-    # Loading
+    # Saving and loading
+
+    @override
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_saving(state_dict)
+        state_dict["W_enc"] = state_dict["W_enc"].contiguous()  # safetensors takes nothing else
 
     @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
@@ -321,6 +326,7 @@ class PairedTranscoder(Transcoder):
             raise ValueError(
                 f"The config of this {type(self).__name__} contradicts its weights. " + "; ".join(wrong)
             )
+        state_dict["W_enc"] = expert_by_expert(state_dict["W_enc"])
 
     @classmethod
     @override
@@ -387,6 +393,11 @@ class PairedTranscoder(Transcoder):
         return super().from_pretrained(
             str(release), sae_id, device=device, dtype=dtype or "float32", **kwargs
         )
+
+
+def expert_by_expert(W_enc: Float[Tensor, "d_in d_sae"]) -> Float[Tensor, "d_in d_sae"]:
+    """The same matrix, stored column by column: its gradient arises an expert at a time."""
+    return W_enc.T.contiguous().T
 
 
 @dataclass(kw_only=True)
@@ -477,7 +488,7 @@ class TrainingPairedTranscoder(PairedTranscoder, TrainingSAE[Any]):
             feature_acts = values.detach().to_sparse()
         else:
             values, indices = hidden_pre, _ = topk_gate(x, self.W_enc, self.b_enc, self.cfg.k)
-            mixture = sparse_decode(values, indices, TangentGradient.apply(self.W_dec))
+            mixture = sparse_decode(values, indices, self.W_dec, unit_rows=True)
             feature_acts = sparse_activations(values.detach(), indices, self.cfg.d_sae)
         y_hat = self.mix(mixture, x)
 
