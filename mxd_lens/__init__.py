@@ -10,11 +10,19 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
-    from mxd_lens.architectures.mxd import (
+    from mxd_lens.architectures import (
         MxD,
         MxDConfig,
+        TopKSkipTranscoder,
+        TopKSkipTranscoderConfig,
+        TopKTranscoder,
+        TopKTranscoderConfig,
         TrainingMxD,
         TrainingMxDConfig,
+        TrainingTopKSkipTranscoder,
+        TrainingTopKSkipTranscoderConfig,
+        TrainingTopKTranscoder,
+        TrainingTopKTranscoderConfig,
         matched_n_experts,
     )
     from mxd_lens.evals.faithfulness import FaithfulnessReport, evaluate
@@ -28,6 +36,14 @@ __version__ = "0.1.0"
 _MODULE_OF = {
     "MxD": "architectures",
     "MxDConfig": "architectures",
+    "TopKSkipTranscoder": "architectures",
+    "TopKSkipTranscoderConfig": "architectures",
+    "TopKTranscoder": "architectures",
+    "TopKTranscoderConfig": "architectures",
+    "TrainingTopKSkipTranscoder": "architectures",
+    "TrainingTopKSkipTranscoderConfig": "architectures",
+    "TrainingTopKTranscoder": "architectures",
+    "TrainingTopKTranscoderConfig": "architectures",
     "TrainingMxD": "architectures",
     "TrainingMxDConfig": "architectures",
     "matched_n_experts": "architectures",
@@ -45,8 +61,16 @@ __all__ = [
     "MxD",
     "MxDConfig",
     "PairedActivationsStore",
+    "TopKSkipTranscoder",
+    "TopKSkipTranscoderConfig",
+    "TopKTranscoder",
+    "TopKTranscoderConfig",
     "TrainingMxD",
     "TrainingMxDConfig",
+    "TrainingTopKSkipTranscoder",
+    "TrainingTopKSkipTranscoderConfig",
+    "TrainingTopKTranscoder",
+    "TrainingTopKTranscoderConfig",
     "TranscoderRunnerConfig",
     "TranscoderTrainingRunner",
     "evaluate",

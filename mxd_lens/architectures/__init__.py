@@ -9,10 +9,48 @@ from mxd_lens.architectures.mxd import (
     TrainingMxDConfig,
     matched_n_experts,
 )
+from mxd_lens.architectures.topk_skip_transcoder import (
+    TopKSkipTranscoder,
+    TopKSkipTranscoderConfig,
+    TrainingTopKSkipTranscoder,
+    TrainingTopKSkipTranscoderConfig,
+)
+from mxd_lens.architectures.topk_transcoder import (
+    TopKTranscoder,
+    TopKTranscoderConfig,
+    TrainingTopKTranscoder,
+    TrainingTopKTranscoderConfig,
+)
+
+ARCHITECTURES = (
+    (MxD, MxDConfig, TrainingMxD, TrainingMxDConfig),
+    (TopKTranscoder, TopKTranscoderConfig, TrainingTopKTranscoder, TrainingTopKTranscoderConfig),
+    (
+        TopKSkipTranscoder,
+        TopKSkipTranscoderConfig,
+        TrainingTopKSkipTranscoder,
+        TrainingTopKSkipTranscoderConfig,
+    ),
+)
 
 # SAELens' own functions refuse a name twice; assigning lets this module be reloaded.
-for inference, training in [((MxD, MxDConfig), (TrainingMxD, TrainingMxDConfig))]:
-    SAE_CLASS_REGISTRY[inference[1].architecture()] = inference
-    SAE_TRAINING_CLASS_REGISTRY[training[1].architecture()] = training
+for inference, inference_config, training, training_config in ARCHITECTURES:
+    SAE_CLASS_REGISTRY[inference_config.architecture()] = (inference, inference_config)
+    SAE_TRAINING_CLASS_REGISTRY[training_config.architecture()] = (training, training_config)
 
-__all__ = ["MxD", "MxDConfig", "TrainingMxD", "TrainingMxDConfig", "matched_n_experts"]
+__all__ = [
+    "ARCHITECTURES",
+    "MxD",
+    "MxDConfig",
+    "TopKSkipTranscoder",
+    "TopKSkipTranscoderConfig",
+    "TopKTranscoder",
+    "TopKTranscoderConfig",
+    "TrainingMxD",
+    "TrainingMxDConfig",
+    "TrainingTopKSkipTranscoder",
+    "TrainingTopKSkipTranscoderConfig",
+    "TrainingTopKTranscoder",
+    "TrainingTopKTranscoderConfig",
+    "matched_n_experts",
+]

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -158,6 +158,8 @@ class PairedTranscoder(Transcoder):
 
     cfg: PairedTranscoderConfig
     b_enc: nn.Parameter
+    unit_rows: ClassVar[bool] = False
+    """Whether training keeps the rows of W_dec at unit norm."""
 
     def __init__(self, cfg: PairedTranscoderConfig) -> None:
         super().__init__(cfg)
@@ -177,15 +179,16 @@ class PairedTranscoder(Transcoder):
 
     @override
     def initialize_weights(self) -> None:
-        """W_enc as a linear layer's default, rows of W_dec uniform(-1, 1) at unit norm, biases 0."""
+        """W_enc as a linear layer's default; W_dec uniform(-1, 1) at unit norm where its rows are kept
+        there, else 0, so that y is 0 at the start; biases 0."""
         cfg = self.cfg
         self.W_enc = nn.Parameter(expert_by_expert(self.new_linear(cfg.d_in, cfg.d_sae).data))
         self.b_enc = self.new_parameter(cfg.d_sae)
         self.W_dec = self.new_parameter(cfg.d_sae, cfg.d_out)
         self.b_dec = self.new_parameter(cfg.d_out)
-        with torch.no_grad():
-            self.W_dec.uniform_(-1, 1)
-        self.normalize_decoder()
+        if self.unit_rows:
+            nn.init.uniform_(self.W_dec, -1, 1)
+            self.normalize_decoder()
 
     def new_parameter(self, *shape: int) -> nn.Parameter:
         """A parameter of zeros with this layer's dtype and device."""
@@ -200,8 +203,9 @@ class PairedTranscoder(Transcoder):
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
-        """Scales every row of W_dec to unit norm, in place."""
-        self.W_dec.div_(self.get_W_dec_norm().unsqueeze(-1).to(self.W_dec.dtype))
+        """Scales every row of W_dec to unit norm, in place, where training keeps them there."""
+        if self.unit_rows:
+            self.W_dec.div_(self.get_W_dec_norm().unsqueeze(-1).to(self.W_dec.dtype))
 
     def check_input(self, x: Tensor) -> None:
         """Raises ValueError if x cannot be this layer's input."""
@@ -405,7 +409,7 @@ class TrainingPairedTranscoderConfig(PairedTranscoderConfig, TrainingSAEConfig):
     """What training adds to a configuration."""
 
     decoder_init_norm: float | None = None
-    """Must be None: the rows of W_dec are kept at unit norm."""
+    """Must be None: each architecture starts W_dec as its source does."""
     l1_coefficient: float = 0.0
     """Weight of the penalty mean_tokens sum_n |a_n|. Needed where k is None."""
     l1_warm_up_steps: int = 0
@@ -415,7 +419,7 @@ class TrainingPairedTranscoderConfig(PairedTranscoderConfig, TrainingSAEConfig):
         super().__post_init__()
         if self.decoder_init_norm is not None:
             raise ValueError(
-                "decoder_init_norm must be None: the rows of W_dec are kept at unit norm, "
+                "decoder_init_norm must be None: each architecture starts W_dec as its source does, "
                 f"got {self.decoder_init_norm}."
             )
         if self.l1_coefficient < 0 or (self.k is None and self.l1_coefficient == 0):
@@ -429,8 +433,8 @@ class TrainingPairedTranscoder(PairedTranscoder, TrainingSAE[Any]):
     """Trains a `PairedTranscoder` with SAELens' trainer on pairs [x | y].
 
     Loss, as in the paper's code: mean over tokens and output dimensions of (y_hat - y)^2 / ||y||_2,
-    plus l1_coefficient * mean_tokens sum_n a_n. The rows of C are set to unit norm before every
-    step, and the component of C's gradient parallel to each row is removed.
+    plus l1_coefficient * mean_tokens sum_n a_n. With `unit_rows`, the rows of C are set to unit norm
+    before every step, and the component of C's gradient parallel to each row is removed.
     """
 
     cfg: TrainingPairedTranscoderConfig
@@ -484,11 +488,11 @@ class TrainingPairedTranscoder(PairedTranscoder, TrainingSAE[Any]):
 
         if self.cfg.k is None:
             values, hidden_pre = self.encode_with_hidden_pre(x)
-            mixture = values @ TangentGradient.apply(self.W_dec)
+            mixture = values @ (TangentGradient.apply(self.W_dec) if self.unit_rows else self.W_dec)
             feature_acts = values.detach().to_sparse()
         else:
             values, indices = hidden_pre, _ = topk_gate(x, self.W_enc, self.b_enc, self.cfg.k)
-            mixture = sparse_decode(values, indices, self.W_dec, unit_rows=True)
+            mixture = sparse_decode(values, indices, self.W_dec, unit_rows=self.unit_rows)
             feature_acts = sparse_activations(values.detach(), indices, self.cfg.d_sae)
         y_hat = self.mix(mixture, x)
 

@@ -11,6 +11,7 @@ MLPs: z = phi(x W_hidden_gate + b_hidden_gate) * (x W_hidden + b_hidden).
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -86,6 +87,7 @@ class MxD(PairedTranscoder):
     W_hidden_gate: nn.Parameter
     b_hidden_gate: nn.Parameter
     W_out: nn.Parameter
+    unit_rows: ClassVar[bool] = True
 
     def __init__(self, cfg: MxDConfig) -> None:
         super().__init__(cfg)

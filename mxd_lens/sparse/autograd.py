@@ -98,9 +98,7 @@ def sparse_decode(
     unit_rows: bool = False,
 ) -> Float[Tensor, "*batch d_out"]:
     *batch, k = values.shape
-    mixture = _SparseDecode.apply(
-        values.reshape(-1, k), indices.reshape(-1, k), W_dec, unit_rows, kernels
-    )
+    mixture = _SparseDecode.apply(values.reshape(-1, k), indices.reshape(-1, k), W_dec, unit_rows, kernels)
     return mixture.view(*batch, W_dec.shape[1])
 
 

@@ -132,9 +132,7 @@ def _weighted_sums(
         total += tl.sum(weight[:, None] * values, axis=0)
     if SUBTRACT:
         coefficient = tl.load(coefficients + sum_index).to(PRECISION)
-        total -= coefficient * tl.load(along + sum_index * d + columns, mask=inside, other=0).to(
-            PRECISION
-        )
+        total -= coefficient * tl.load(along + sum_index * d + columns, mask=inside, other=0).to(PRECISION)
     tl.store(sums + sum_index * d + columns, total.to(sums.dtype.element_ty), mask=inside)
 
 
