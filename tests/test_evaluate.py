@@ -8,13 +8,14 @@ import torch
 from conftest import D_MODEL, HOOK_IN, HOOK_OUT
 from datasets import Dataset
 from sae_lens import ActivationsStore, SkipTranscoder, TopKSAE, TopKSAEConfig
+from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from sae_lens.evals import EvalConfig, run_evals
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.transcoder import SkipTranscoderConfig
 from sae_lens.training.activation_scaler import ActivationScaler
 from test_attach import random_mxd
 
-from mxd_lens import FaithfulnessReport, evaluate
+from mxd_lens import FaithfulnessReport, evaluate, load_model
 
 BOS = 1
 
@@ -226,3 +227,13 @@ def test_a_layer_of_another_model_is_refused(tiny_model, tokens):
     sae.cfg.metadata.model_name = "pythia-70m"
     with pytest.raises(ValueError, match="trained on pythia-70m"):
         evaluate(sae, tiny_model, tokens, progress=False)
+
+
+def test_a_bridge_gives_the_same_numbers(tiny_model, tiny_folder, tokens):
+    bridge = load_model(tiny_folder, model_class=SAETransformerBridge)
+    ours, theirs = (
+        evaluate(layer("mxd"), model, tokens, progress=False).to_dict() for model in (tiny_model, bridge)
+    )
+    for name, value in ours.items():
+        if isinstance(value, float):
+            assert theirs[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name

@@ -102,6 +102,7 @@ def style(figure: go.Figure, height: int) -> go.Figure:
         plot_bgcolor="rgba(0,0,0,0)",
         font={"color": GREY, "size": 13},
         showlegend=False,
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": GREY},
     )
     figure.update_xaxes(gridcolor="rgba(128,136,150,0.2)", zeroline=False)
     figure.update_yaxes(gridcolor="rgba(128,136,150,0.2)", zeroline=False)
