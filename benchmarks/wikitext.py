@@ -1,11 +1,11 @@
 """The headline run: an MxD of one SmolLM2-135M layer on WikiText-2, trained by the real runner.
 
-    python -m benchmarks.wikitext --text FOLDER --output FOLDER [--layer 12] [--k 32]
+    python -m benchmarks.wikitext --text FOLDER --output FOLDER [--layer 12] [--k 32] [--lr 2e-3]
 
 FOLDER holds WikiText-2's valid.txt and test.txt. The text is detokenised, its lines of more than 40
 characters shuffled, joined with the end-of-text token and cut into 127 tokens after a BOS; the first
-256 sequences are held out. Recipe: 4 epochs, batches of 2,048 tokens, Adam 4e-4, 100 steps of warm-up,
-linear decay over the last fifth, parameters matched to a transcoder of 16 x d_in features.
+256 sequences are held out. Recipe: 4 epochs, batches of 2,048 tokens, Adam, 100 steps of warm-up, linear
+decay over the last fifth, parameters matched to a transcoder of 16 x d_in features.
 """
 
 import argparse
@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--layer", type=int, default=12)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--hidden-activation", default="gelu")
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--gated", action="store_true")
     args = parser.parse_args()
 
@@ -83,6 +84,7 @@ def main() -> None:
         training_tokens=steps * BATCH,
         train_batch_size_tokens=BATCH,
         n_batches_in_buffer=512,
+        lr=args.lr,
         lr_warm_up_steps=100,
         lr_decay_steps=steps // 5,
         exclude_special_tokens=[BOS],

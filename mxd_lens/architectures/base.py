@@ -102,41 +102,39 @@ class EncodedInputs:
 
     An entry lives exactly as long as the activation tensor `encode` returned, so nothing is kept
     alive after use. A tensor that `encode` did not return (an edited copy) belongs to the last
-    encode if that is still waiting for its decode and no other is; its input is held weakly.
+    encode if no decode has followed it and no encode of another input is waiting for its own; that
+    input is held weakly.
     """
 
     def __init__(self) -> None:
         self._input_of: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._waiting: weakref.ref[Tensor] | None = None
-        self._ambiguous = False
+        self._others_wait = False
 
     def remember(self, feature_acts: Tensor, sae_in: Tensor) -> None:
-        waiting = self._waiting() if self._waiting is not None else None
-        self._ambiguous = waiting is not None and waiting.shape[:-1] == sae_in.shape[:-1]
-        self._input_of[feature_acts] = sae_in
+        if self._waiting is not None and self._waiting() is not sae_in:
+            self._others_wait = True
         self._waiting = weakref.ref(sae_in)
+        self._input_of[feature_acts] = sae_in
 
     def recall(self, feature_acts: Tensor) -> Tensor:
         """The input of `feature_acts`. Raises ValueError where that is not certain."""
         sae_in = self._input_of.get(feature_acts)
-        waiting = self._waiting() if self._waiting is not None else None
-        if sae_in is not None:
-            if waiting is sae_in:
-                self._waiting = None
-            return sae_in
-        shape = tuple(feature_acts.shape)
-        if waiting is None:
-            raise ValueError(
-                f"decode got activations of shape {shape} and no encode is waiting for its decode: "
-                "this layer's output depends on its input. Pass it, decode(feature_acts, x)."
-            )
-        if self._ambiguous:
-            raise ValueError(
-                f"decode got activations of shape {shape} that encode did not return, and more than "
-                "one encode is waiting for its decode: pass the input, decode(feature_acts, x)."
-            )
-        self._waiting = None
-        return waiting
+        if sae_in is None:
+            shape = tuple(feature_acts.shape)
+            if self._others_wait:
+                raise ValueError(
+                    f"decode got activations of shape {shape} that encode did not return, and more than "
+                    "one encode is waiting for its decode: pass the input, decode(feature_acts, x)."
+                )
+            sae_in = self._waiting() if self._waiting is not None else None
+            if sae_in is None:
+                raise ValueError(
+                    f"decode got activations of shape {shape} and no encode is waiting for its decode: "
+                    "this layer's output depends on its input. Pass it, decode(feature_acts, x)."
+                )
+        self._waiting, self._others_wait = None, False
+        return sae_in
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "EncodedInputs":
         return EncodedInputs()
