@@ -84,9 +84,7 @@ class Contestant:
         self.setting = setting
         self.layer: nn.Module = CONTESTANTS[name](size).to(setting.device, setting.dtype)
         self.x, self.y = _batch(size, setting)
-        self.optimizer = torch.optim.AdamW(
-            self.layer.parameters(), lr=1e-4, weight_decay=0.0, fused=True
-        )
+        self.optimizer = torch.optim.AdamW(self.layer.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
 
     def forward_backward(self) -> float:
         self.optimizer.zero_grad(set_to_none=True)
@@ -184,8 +182,7 @@ def table(results: list[Result]) -> Table:
     by_name = {result.name: result for result in results}
     reference, floor = by_name.get("reference MxD"), by_name.get("floor")
     out = Table(
-        title=f"d {size.d}, N {size.n_experts:,}, H {size.d_hidden:,}, "
-        f"K {size.k}, batch {size.batch:,}"
+        title=f"d {size.d}, N {size.n_experts:,}, H {size.d_hidden:,}, K {size.k}, batch {size.batch:,}"
     )
     out.add_column("")
     for column in (
