@@ -65,10 +65,10 @@ def load_model(
     Raises:
         FileNotFoundError: `name` looks like a path and there is no model folder.
         ModuleNotFoundError: "smollm2-135m-instruct" without the package that brings it.
-        ValueError: a name TransformerLens does not know.
+        ValueError, OSError: a name that TransformerLens, or the hub, does not know.
     """
     torch_dtype = str_to_dtype(dtype)
-    folder = smollm2_folder() if str(name) == SMOLLM2 else Path(name)
+    folder = smollm2_folder() if str(name) == SMOLLM2 else Path(name).expanduser()
     is_local = (folder / "config.json").is_file()
     if not is_local and (folder.exists() or re.match(r"[./~\\]", str(name))):
         raise FileNotFoundError(f"{name} is not a Hugging Face model folder: it has no config.json.")

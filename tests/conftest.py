@@ -13,6 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mxd_lens.models import SMOLLM2, load_model, smollm2_is_available
 
+# Threads that wait for each other cost these small tests more than they bring.
+torch.set_num_threads(1)
+
 SENTENCES = "the a cat dog sat ran on under mat hill and then it was big small red blue"
 WORDS = SENTENCES.split(" ")
 D_MODEL = 16

@@ -90,7 +90,7 @@ def test_rows_that_are_missing(tmp_path: Path) -> None:
     filled(tmp_path, rows(2, 4))
     file = tmp_path / "activations.bin"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="shorter than batches.jsonl says: delete"):
+    with pytest.raises(ValueError, match=r"shorter than batches\.jsonl says: delete"):
         ActivationCache(tmp_path, **SETTINGS)
 
 
@@ -110,9 +110,7 @@ def test_half_an_index_line(tmp_path: Path, half: str, n_whole: int) -> None:
     assert_same(contents(ActivationCache(tmp_path, **SETTINGS)), [*batches, rows(1)[0]])
 
 
-@pytest.mark.parametrize(
-    "header", [pytest.param(h, marks=pytest.mark.xfail(strict=True, reason="raw error")) for h in ("", "{")]
-)
+@pytest.mark.parametrize("header", ["", "{"])
 def test_half_a_header(tmp_path: Path, header: str) -> None:
     """Nothing was in the cache yet: it starts anew."""
     filled(tmp_path, [])
@@ -134,7 +132,9 @@ def cached_store(model: Any, texts: list[str], folder: Path, **changes: Any) -> 
         "cached_activations_path": str(folder),
         "cached_activations_dtype": "float32",
     } | changes
-    return PairedActivationsStore.from_config(model, run_config(**settings), Dataset.from_dict({"text": texts}))
+    return PairedActivationsStore.from_config(
+        model, run_config(**settings), Dataset.from_dict({"text": texts})
+    )
 
 
 def take(store: Iterator[Tensor], n: int) -> Tensor:
@@ -189,8 +189,9 @@ def test_a_second_store_does_not_run_the_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     take(cached_store(tiny_model, texts, tmp_path), 20)
+    second = cached_store(tiny_model, texts, tmp_path)  # checks that model and text are the same
     forbid_the_model(tiny_model, monkeypatch)
-    assert torch.equal(take(cached_store(tiny_model, texts, tmp_path), BATCHES), uncached)
+    assert torch.equal(take(second, BATCHES), uncached)
 
 
 @pytest.mark.parametrize("n_taken", [1, 5, 14, 30])
@@ -209,7 +210,6 @@ def test_a_resumed_store_with_a_cache(
         assert torch.equal(take(resumed, BATCHES - n_taken), uncached[16 * n_taken :])
 
 
-@pytest.mark.xfail(strict=True, reason="batch n of the text becomes batch 0 of the new cache")
 def test_a_resumed_store_whose_cache_is_lost(
     tiny_model: HookedSAETransformer, texts: list[str], tmp_path: Path, uncached: Tensor
 ) -> None:
@@ -253,7 +253,6 @@ def test_a_cache_of_another_run_is_refused(
         cached_store(tiny_model, texts, tmp_path, **change)
 
 
-@pytest.mark.xfail(strict=True, reason="the key knows a model by its name and a text by its beginning")
 @pytest.mark.parametrize("what", ["weights", "text"])
 def test_a_cache_of_other_weights_or_text_under_the_same_name(
     tiny_model: HookedSAETransformer, texts: list[str], tmp_path: Path, what: str

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,11 @@ DTYPES = ["float32", "bfloat16", "float16"]
 
 
 def random_layer(training: bool = False, **changes: Any) -> Any:
-    layer: Any = TrainingMxD(TrainingMxDConfig(**(WIDTHS | changes))) if training else MxD(MxDConfig(**(WIDTHS | changes)))
+    layer: Any = (
+        TrainingMxD(TrainingMxDConfig(**(WIDTHS | changes)))
+        if training
+        else MxD(MxDConfig(**(WIDTHS | changes)))
+    )
     generator = torch.Generator().manual_seed(2)
     for parameter in layer.parameters():
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
@@ -37,6 +42,11 @@ def folder(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     return tmp_path / "layer"
 
 
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    """The saved weights, in memory: what safetensors loads stays mapped to the file."""
+    return {name: weight.clone() for name, weight in load_file(folder / WEIGHTS).items()}
+
+
 def change_config(folder: Path, **changes: Any) -> None:
     config = json.loads((folder / CONFIG).read_text()) | changes
     kept = {name: value for name, value in config.items() if value is not ...}
@@ -48,7 +58,9 @@ def change_config(folder: Path, **changes: Any) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("load", [SAE.load_from_disk, MxD.load_from_disk, MxD.from_pretrained, Transcoder.load_from_disk])
+@pytest.mark.parametrize(
+    "load", [SAE.load_from_disk, MxD.load_from_disk, MxD.from_pretrained, Transcoder.load_from_disk]
+)
 def test_a_trained_layer_comes_back_bit_for_bit(tmp_path: Path, dtype: str, gated: bool, load: Any) -> None:
     trained = random_layer(training=True, dtype=dtype, gated=gated)
     trained.save_inference_model(tmp_path)
@@ -99,7 +111,6 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
         MxD.load_from_disk(tmp_path / "nothing-here")
 
 
-@pytest.mark.xfail(strict=True, reason="goes to the hub with a path for a repository's name")
 @pytest.mark.parametrize(("release", "sae_id"), [("nothing-here", "layer"), (".", "nothing-here")])
 def test_a_layer_that_is_not_in_the_folder(folder: Path, release: str, sae_id: str) -> None:
     with pytest.raises(FileNotFoundError, match="nothing-here"):
@@ -131,7 +142,7 @@ def test_foreign_weights(folder: Path, n_bytes: int) -> None:
 
 
 def test_a_pickle_is_not_opened(folder: Path) -> None:
-    torch.save(load_file(folder / WEIGHTS), folder / WEIGHTS)
+    torch.save(weights_of(folder), folder / WEIGHTS)
     with pytest.raises(ValueError, match="truncated or not a safetensors file"):
         MxD.from_pretrained(folder)
 
@@ -150,7 +161,6 @@ def test_a_config_without(folder: Path, name: str) -> None:
         MxD.from_pretrained(folder)
 
 
-@pytest.mark.xfail(strict=True, reason="d_out inherits the default 768 of SAELens' TranscoderConfig")
 def test_a_config_without_d_out(folder: Path) -> None:
     change_config(folder, d_out=...)
     with pytest.raises(ValueError, match=rf"{CONFIG} is not the configuration of a layer .*d_out"):
@@ -166,10 +176,7 @@ def test_an_unknown_architecture(folder: Path, architecture: Any) -> None:
 
 @pytest.mark.parametrize(
     "metadata",
-    [
-        pytest.param(metadata, marks=pytest.mark.xfail(strict=True, reason="AttributeError"))
-        for metadata in ([], None, "none")
-    ],
+    [[], None, "none"],
 )
 def test_metadata_that_is_none(folder: Path, metadata: Any) -> None:
     change_config(folder, metadata=metadata)
@@ -203,7 +210,7 @@ PARAMETERS = ["W_enc", "b_enc", "W_dec", "b_dec", "W_hidden", "b_hidden", "W_out
 @pytest.mark.parametrize("name", PARAMETERS)
 @pytest.mark.parametrize("how", ["missing", "longer", "transposed", "scalar"])
 def test_weights_that_contradict_the_config(folder: Path, name: str, how: str, load: Any) -> None:
-    weights = load_file(folder / WEIGHTS)
+    weights = weights_of(folder)
     right = weights.pop(name)
     changed = {
         "longer": torch.cat([right, right[:1]]),
@@ -214,9 +221,9 @@ def test_weights_that_contradict_the_config(folder: Path, name: str, how: str, l
         weights[name] = changed[how]
     save_file(weights, folder / WEIGHTS)
     got = "nothing" if how == "missing" else str(tuple(changed[how].shape))
-    with pytest.raises(ValueError) as e:
+    message = f"{name}: the config says {tuple(right.shape)}, the weights {got}"
+    with pytest.raises(ValueError, match=re.escape(message)):
         load(folder)
-    assert f"{name}: the config says {tuple(right.shape)}, the weights {got}" in str(e.value)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +235,9 @@ def test_weights_that_contradict_the_config(folder: Path, name: str, how: str, l
         ({"d_hidden": 4}, ["W_hidden", "b_hidden", "W_out"]),
     ],
 )
-def test_a_config_that_contradicts_the_weights(folder: Path, changes: dict[str, int], named: list[str]) -> None:
+def test_a_config_that_contradicts_the_weights(
+    folder: Path, changes: dict[str, int], named: list[str]
+) -> None:
     change_config(folder, **changes)
     with pytest.raises(ValueError, match="contradicts its weights") as e:
         MxD.from_pretrained(folder)
@@ -244,7 +253,7 @@ def test_gated_or_not(tmp_path: Path, gated: bool) -> None:
 
 
 def test_weights_of_more_than_the_layer(folder: Path) -> None:
-    save_file(load_file(folder / WEIGHTS) | {"W_skip": torch.zeros(2, 3)}, folder / WEIGHTS)
+    save_file(weights_of(folder) | {"W_skip": torch.zeros(2, 3)}, folder / WEIGHTS)
     with pytest.raises(ValueError, match=r"W_skip: the config says nothing, the weights \(2, 3\)"):
         MxD.from_pretrained(folder)
 
@@ -266,7 +275,9 @@ def test_an_mxd_is_no_skip_transcoder(folder: Path) -> None:
 
 def python(code: str) -> str:
     """What a fresh interpreter prints."""
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
     assert run.returncode == 0, run.stderr
     return run.stdout.strip()
 

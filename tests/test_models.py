@@ -76,7 +76,6 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
         load_model(tmp_path)
 
 
-@pytest.mark.xfail(strict=True, reason="load_model does not expand ~")
 def test_a_path_from_home(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tiny_folder.parent))
     assert load_model(f"~/{tiny_folder.name}").cfg.n_layers == 3

@@ -27,9 +27,7 @@ def _why_no_triton() -> str | None:
     if find_spec("triton") is None:
         return "triton is not installed"
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        return (
-            "no GPU, and triton was imported before: TRITON_INTERPRET=1 pytest tests/test_sparse.py"
-        )
+        return "no GPU, and triton was imported before: TRITON_INTERPRET=1 pytest tests/test_sparse.py"
     return None
 
 
@@ -37,9 +35,7 @@ WITHOUT_TRITON = _why_no_triton()
 IMPLEMENTATIONS = [
     "reference",
     "cpu",
-    pytest.param(
-        "triton", marks=pytest.mark.skipif(WITHOUT_TRITON is not None, reason=str(WITHOUT_TRITON))
-    ),
+    pytest.param("triton", marks=pytest.mark.skipif(WITHOUT_TRITON is not None, reason=str(WITHOUT_TRITON))),
 ]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 

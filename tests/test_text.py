@@ -87,7 +87,6 @@ def test_a_path_that_is_not_there(path: str) -> None:
         load_text(path)
 
 
-@pytest.mark.xfail(strict=True, reason="an empty name is the path '', which is the working directory")
 def test_no_name_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "notes.txt").write_text("not meant as a data set")
     monkeypatch.chdir(tmp_path)
@@ -100,7 +99,7 @@ def test_no_name_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     [
         ("inaugural", "1789-Washington.txt", "no event could have filled me with greater anxieties"),  # plain
         ("shakespeare", "dream.xml", "Now, fair Hippolyta, our nuptial hour"),
-        ("sentence_polarity", "rt-polarity.pos", "the rock is destined to be the 21st century's new"),  # tokens
+        ("sentence_polarity", "rt-polarity.pos", "the rock is destined to be the 21st"),  # tokens
         ("brown", "ca01", '"no evidence" that any irregularities took place.'),  # tagged tokens
     ],
 )
@@ -128,10 +127,7 @@ def test_a_corpus_that_was_not_downloaded() -> None:
     "name",
     [
         "no_such_corpus",
-        *(
-            pytest.param(name, marks=pytest.mark.xfail(strict=True, reason="any attribute of nltk.corpus"))
-            for name in ("reader", "CorpusReader", "demo")
-        ),
+        *(name for name in ("reader", "CorpusReader", "demo")),
     ],
 )
 def test_a_corpus_nltk_does_not_know(name: str) -> None:

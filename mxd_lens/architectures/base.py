@@ -12,7 +12,7 @@ to know which x its activations came from. `EncodedInputs` keeps that, one entry
 import json
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -48,7 +48,7 @@ class PairedTranscoderConfig(TranscoderConfig):
 
     d_in: int
     """Width of the input, the activations at `metadata.hook_name`."""
-    d_out: int
+    d_out: int = field()
     """Width of the output, the activations at `metadata.hook_name_out`."""
     d_sae: int
     """Number of experts (of features, for a transcoder)."""
@@ -359,7 +359,7 @@ class PairedTranscoder(Transcoder):
             raise ValueError(
                 f"{folder / SAE_WEIGHTS_FILENAME} is truncated or not a safetensors file ({e})."
             ) from e
-        except (KeyError, TypeError, json.JSONDecodeError) as e:
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as e:
             raise ValueError(
                 f"{folder / SAE_CFG_FILENAME} is not the configuration of a layer ({type(e).__name__}: {e})."
             ) from e
@@ -385,12 +385,12 @@ class PairedTranscoder(Transcoder):
         Raises:
             FileNotFoundError, ValueError: as `load_from_disk`, for a local folder.
         """
-        folder = Path(release) / (sae_id or "")
+        folder = Path(release).expanduser() / (sae_id or "")
         if folder.is_dir():
             return cls.load_from_disk(folder, device=device, dtype=dtype)
-        if sae_id is None:
+        if sae_id is None or isinstance(release, Path) or Path(release).exists():
             raise FileNotFoundError(
-                f"{folder} is not a folder; for a release on the hub give its sae_id as well."
+                f"{folder} is not a folder; a release on the hub is named by its release and sae_id."
             )
         return super().from_pretrained(
             str(release), sae_id, device=device, dtype=dtype or "float32", **kwargs

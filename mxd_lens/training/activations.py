@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
 from jaxtyping import Float, Int
 from sae_lens import ActivationsStore
 from sae_lens.config import HfDataset
@@ -103,6 +102,7 @@ class PairedActivationsStore(ActivationsStore):
     _epoch: int
     _llm_batch: int
     _sequences_read: int
+    _rows_in_epoch: int
 
     @classmethod
     @override
@@ -117,8 +117,10 @@ class PairedActivationsStore(ActivationsStore):
         Raises:
             ValueError: the model has no such hook point, or there is no text.
         """
-        dataset = override_dataset if override_dataset is not None else load_text(cfg.dataset_path)
-        if isinstance(dataset, Dataset) and len(dataset) == 0:
+        dataset = override_dataset
+        if dataset is None:
+            dataset = load_text(cfg.dataset_path, cfg.streaming)
+        if next(iter(dataset), None) is None:
             raise ValueError("The data set is empty.")
         if cfg.context_size > model.cfg.n_ctx:
             raise ValueError(
@@ -146,7 +148,9 @@ class PairedActivationsStore(ActivationsStore):
                 model_kwargs=cfg.model_kwargs,
                 autocast_lm=cfg.autocast_lm,
                 seqpos_slice=cfg.seqpos_slice,
-                exclude_special_tokens=torch.tensor(excluded) if excluded else None,
+                exclude_special_tokens=torch.tensor(excluded, device=cfg.act_store_device)
+                if excluded
+                else None,
                 disable_concat_sequences=cfg.disable_concat_sequences,
                 sequence_separator_token=cfg.sequence_separator_token,
                 activations_mixing_fraction=cfg.activations_mixing_fraction,
@@ -158,7 +162,7 @@ class PairedActivationsStore(ActivationsStore):
             store.activations_mixing_fraction,
             cfg.seed,
         )
-        store._epoch = store._llm_batch = store._sequences_read = 0
+        store._epoch = store._llm_batch = store._sequences_read = store._rows_in_epoch = 0
         store.check_widths(cfg.sae.d_in, cfg.sae.d_out)
         store._cache = None
         if cfg.use_cached_activations:
@@ -179,21 +183,31 @@ class PairedActivationsStore(ActivationsStore):
 
     def check_widths(self, d_in: int, d_out: int) -> None:
         """Runs one token to see whether d_in and d_out are what the hooks give."""
-        activations = self.get_multi_hook_activations(torch.zeros(1, 1, dtype=torch.long))
+        activations = self.get_multi_hook_activations(
+            torch.zeros(1, 1, dtype=torch.long, device=self.model.cfg.device)
+        )
         for hook, name, expected in zip(self.hook_names, ("d_in", "d_out"), (d_in, d_out), strict=True):
             width = activations[hook].shape[-1]
             if width != expected:
                 raise ValueError(f"{name} is {expected}, but {hook} of this model has width {width}.")
 
     def cache_key(self, cfg: "TranscoderRunnerConfig") -> str:
-        """A hash of all that decides the activations: model, hooks, text, tokenisation."""
-        first = [s.tolist() for s in islice(self._iterate_tokenized_sequences(), 8)]
+        """A hash of all that decides the activations: model, hooks, text, tokenisation.
+
+        The model is known by its activations on the first sequence, the text by its name, its first
+        sequence and, where it is a datasets.Dataset, its fingerprint.
+        """
+        first = next(self._iterate_tokenized_sequences(), None)
         self.n_dataset_processed = 0
+        pairs = None if first is None else self._capture(first.unsqueeze(0)).float().cpu().contiguous()
         decides = {
             "model": cfg.model_name,
             "hooks": self.hook_names,
             "text": cfg.dataset_path,
-            "first_sequences": first,
+            "fingerprint": getattr(self.dataset, "_fingerprint", None),
+            "first_sequence": None if first is None else first.tolist(),
+            "first_pairs": None if pairs is None else hashlib.sha256(pairs.numpy().data).hexdigest(),
+            "autocast": self.autocast_lm,
             "context_size": self.context_size,
             "batch": self.store_batch_size_prompts,
             "seqpos": self.seqpos_slice,
@@ -217,22 +231,27 @@ class PairedActivationsStore(ActivationsStore):
                 raise ValueError(
                     f"The text is too short: it does not fill one sequence of {self.context_size} tokens."
                 )
-            if cache is not None:
+            if self._rows_in_epoch == 0:
+                raise ValueError("Every token of the text is excluded by exclude_special_tokens.")
+            if cache is not None and len(cache) == self._llm_batch:
                 cache.mark_complete()
             self._start_epoch()
             return self._next_pairs()
         else:
             pairs = self._capture(tokens)
             if cache is not None:
-                pairs = cache.append(pairs).to(self.device, self.dtype)
+                # A run resumed with an emptier cache than it had goes on without filling it.
+                rounded = cache.append(pairs) if len(cache) == self._llm_batch else pairs.to(cache.dtype)
+                pairs = rounded.to(self.device, self.dtype)
         self._llm_batch += 1
+        self._rows_in_epoch += len(pairs)
         if cache is not None and cache.is_complete and self._llm_batch == len(cache):
             self._start_epoch()
         return pairs
 
     def _start_epoch(self) -> None:
         self._epoch += 1
-        self._llm_batch = self._sequences_read = 0
+        self._llm_batch = self._sequences_read = self._rows_in_epoch = 0
         self.n_dataset_processed = 0
         self.iterable_sequences = self._iterate_tokenized_sequences()
 
@@ -249,13 +268,13 @@ class PairedActivationsStore(ActivationsStore):
 
     @torch.no_grad()
     def _capture(self, tokens: Int[Tensor, "sequences context"]) -> Float[Tensor, "tokens d_in_plus_d_out"]:
-        activations = self.get_multi_hook_activations(tokens)
+        activations = self.get_multi_hook_activations(tokens.to(self.model.cfg.device))
         pairs = torch.cat([activations[hook] for hook in self.hook_names], dim=-1)
         pairs = pairs.flatten(0, 1).to(self.device, self.dtype)
         if self.exclude_special_tokens is None:
             return pairs
-        kept = ~torch.isin(tokens[:, slice(*self.seqpos_slice)].flatten(), self.exclude_special_tokens)
-        return pairs[kept.to(pairs.device)]
+        token_ids = tokens[:, slice(*self.seqpos_slice)].flatten().to(self.device)
+        return pairs[~torch.isin(token_ids, self.exclude_special_tokens)]
 
     @override
     def get_data_loader(self) -> Iterator[Tensor]:
@@ -266,6 +285,7 @@ class PairedActivationsStore(ActivationsStore):
         return {
             "epoch": torch.tensor(self._epoch),
             "llm_batch": torch.tensor(self._llm_batch),
+            "rows_in_epoch": torch.tensor(self._rows_in_epoch),
             **{f"buffer.{name}": value for name, value in self._buffer.state_dict().items()},
         }
 
@@ -273,6 +293,7 @@ class PairedActivationsStore(ActivationsStore):
         """Goes on where the store that gave `state` was."""
         self._start_epoch()
         self._epoch, self._llm_batch = int(state["epoch"]), int(state["llm_batch"])
+        self._rows_in_epoch = int(state["rows_in_epoch"])
         self._buffer.load_state_dict(
             {name.removeprefix("buffer."): value for name, value in state.items() if "buffer." in name}
         )
@@ -283,7 +304,9 @@ class PairedActivationsStore(ActivationsStore):
 
     @override
     def load(self, file_path: str) -> None:
-        self.load_state_dict(load_file(file_path))
+        state = load_file(file_path)
+        rows = state["buffer.rows"].to(self.device)
+        self.load_state_dict(state | {"buffer.rows": rows})
 
     @override
     def load_from_checkpoint(self, checkpoint_path: str | Path) -> None:

@@ -47,7 +47,10 @@ class ActivationCache:
                 )
             self._starts += [batch["end"] for batch in batches if "end" in batch]
             self.is_complete = any(batch.get("complete", False) for batch in batches)
-            self._index.write_text("".join(lines), encoding="utf-8")
+            if "".join(lines) != text:
+                whole = self._index.with_suffix(".whole")
+                whole.write_text("".join(lines), encoding="utf-8")
+                whole.replace(self._index)
             self._truncate_to(self._starts[-1])
         else:
             folder.mkdir(parents=True, exist_ok=True)
@@ -72,6 +75,8 @@ class ActivationCache:
 
     def append(self, rows: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens width"]:
         """Writes a batch; returns it as it will be read, rounded to the cache's dtype."""
+        if rows.shape[-1] != self.width:
+            raise ValueError(f"the cache's rows have width {self.width}, got {tuple(rows.shape)}.")
         rows = rows.to("cpu", self.dtype).contiguous()
         with self._rows.open("ab") as file:
             file.write(rows.view(torch.uint8).numpy().data)

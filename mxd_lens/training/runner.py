@@ -2,15 +2,25 @@
 
 import json
 import shutil
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import wandb
 from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, logger
 from sae_lens.config import HfDataset
-from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SPARSITY_FILENAME
+from sae_lens.constants import (
+    ACTIVATIONS_STORE_STATE_FILENAME,
+    RUNNER_CFG_FILENAME,
+    SAE_CFG_FILENAME,
+    SAE_WEIGHTS_FILENAME,
+    SPARSITY_FILENAME,
+    TRAINER_STATE_FILENAME,
+)
 from sae_lens.saes.sae import TrainingSAE
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -30,6 +40,8 @@ NOT_SUPPORTED = (
     "compile_llm",
     "compile_sae",
     "model_from_pretrained_kwargs",
+    "model_class_name",
+    "dataset_trust_remote_code",
 )
 WHERE_NOT_WHAT = (
     "device",
@@ -59,8 +71,9 @@ class TranscoderRunnerConfig(LanguageModelSAERunnerConfig[TrainingPairedTranscod
     contexts of 128 with BOS, 480 M tokens of OpenWebText. Special tokens are left out, since models
     write massive activations on them; the paper's code keeps them (exclude_special_tokens=False).
 
-    Not supported, and refused: hook_head_index, prefetch_llm_batches, compile_llm, compile_sae,
-    model_from_pretrained_kwargs.
+    Not supported, and refused when set: hook_head_index, prefetch_llm_batches, compile_llm, compile_sae,
+    model_from_pretrained_kwargs, model_class_name, dataset_trust_remote_code. is_dataset_tokenized has no
+    effect, as in SAELens: a data set with a column "tokens" or "input_ids" is.
     """
 
     sae: TrainingPairedTranscoderConfig
@@ -72,7 +85,6 @@ class TranscoderRunnerConfig(LanguageModelSAERunnerConfig[TrainingPairedTranscod
     """The target: activations of width sae.d_out."""
     dataset_path: str = "Skylion007/openwebtext"
     """A source for `load_text`: "embedded", "nltk:NAME", a text file or folder, a hub data set."""
-    is_dataset_tokenized: bool = False
     training_tokens: int = 480_000_000
     train_batch_size_tokens: int = 4096
     n_batches_in_buffer: int = 256
@@ -104,13 +116,24 @@ class TranscoderRunnerConfig(LanguageModelSAERunnerConfig[TrainingPairedTranscod
         defaults = {f.name: f.default for f in fields(TranscoderRunnerConfig)}
         for name in NOT_SUPPORTED:
             value = getattr(self, name)
-            if value and value != defaults[name]:
+            if value not in (defaults[name], {}):
                 raise ValueError(f"{name} is not supported here, got {value!r}.")
         if not isinstance(self.sae, TrainingPairedTranscoderConfig):
             raise ValueError(
                 f"sae must be the config of a training transcoder, got {type(self.sae).__name__}."
             )
+        if self.sae.dtype == "float16":
+            raise ValueError(
+                "sae.dtype is float16: Adam's epsilon is zero there, and the weights would be NaN after a "
+                "step. Train in float32 or bfloat16, and convert the trained layer."
+            )
+        if self.hook_name == self.hook_name_out:
+            raise ValueError(
+                f"hook_name and hook_name_out are both {self.hook_name}: a layer that reconstructs its own "
+                "input is an SAE, which SAELens' runner trains."
+            )
         for name in (
+            "n_checkpoints_kept",
             "training_tokens",
             "train_batch_size_tokens",
             "context_size",
@@ -172,10 +195,11 @@ class TranscoderTrainingRunner:
         self._check_folders()
         self.model = override_model or load_model(cfg.model_name, cfg.llm_device or "cpu")
         self.activations_store = PairedActivationsStore.from_config(self.model, cfg, override_dataset)
-        self.sae = override_sae or self._new_sae()
+        self.sae = override_sae if override_sae is not None else self._new_sae()
         self.sae.to(cfg.device)
         self.trainer = TranscoderTrainer(
-            cfg=cfg.to_sae_trainer_config(),
+            # The trainer would give up where the final checkpoint cannot be written.
+            cfg=replace(cfg.to_sae_trainer_config(), save_final_checkpoint=False),
             sae=self.sae,
             data_provider=self.activations_store,
             save_checkpoint_fn=self._save_run_state,
@@ -184,6 +208,7 @@ class TranscoderTrainingRunner:
         if self.checkpoint is not None:
             self._load_checkpoint(self.checkpoint)
         self._set_metadata()
+        self._make_folders()
 
     def _new_sae(self) -> TrainingSAE[Any]:
         if self.cfg.from_pretrained_path is not None:
@@ -213,6 +238,8 @@ class TranscoderTrainingRunner:
             self.trainer.fit()
         self.sae.normalize_decoder()  # as before every step
         self.sae.eval()
+        if self.cfg.save_final_checkpoint:
+            self.trainer.checkpoint_or_warn(f"final_{self.trainer.n_training_samples}")
         if self.cfg.output_path is not None:
             self.save_final_sae(self.cfg.output_path)
         if log.log_to_wandb:
@@ -255,17 +282,22 @@ class TranscoderTrainingRunner:
 
     def _load_checkpoint(self, checkpoint: Path) -> None:
         logger.info("Resuming from %s", checkpoint)
-        self.trainer.load_trainer_state(checkpoint)
-        self.sae.load_weights_from_checkpoint(checkpoint)
-        self.activations_store.load_from_checkpoint(checkpoint)
-        self.trainer.history = json.loads((checkpoint / HISTORY_FILENAME).read_text())
+        with reading(checkpoint / TRAINER_STATE_FILENAME):
+            self.trainer.load_trainer_state(checkpoint)
+        with reading(checkpoint / SAE_WEIGHTS_FILENAME):
+            self.sae.load_weights_from_checkpoint(checkpoint)
+        with reading(checkpoint / ACTIVATIONS_STORE_STATE_FILENAME):
+            self.activations_store.load_from_checkpoint(checkpoint)
+        with reading(checkpoint / HISTORY_FILENAME) as file:
+            self.trainer.history = json.loads(file.read_text(encoding="utf-8"))
 
     def _check_folders(self) -> None:
         """Refuses to write over another run, or to go on with one."""
         if self.checkpoint is not None:
             if not (self.checkpoint / RUNNER_CFG_FILENAME).is_file():
                 raise FileNotFoundError(f"{self.checkpoint} is not a checkpoint of a training run.")
-            saved = json.loads((self.checkpoint / RUNNER_CFG_FILENAME).read_text())
+            with reading(self.checkpoint / RUNNER_CFG_FILENAME) as file:
+                saved = json.loads(file.read_text(encoding="utf-8"))
             ours = json.loads(json.dumps(self.cfg.to_dict()))
             changed = [
                 f"{name}: {saved.get(name)!r} then, {ours.get(name)!r} now"
@@ -293,8 +325,14 @@ class TranscoderTrainingRunner:
                     f"{path} holds another run. Go on with it (resume_from_checkpoint='latest'), name "
                     "another folder, or delete it."
                 )
-            for partial in path.glob(f"{PARTIAL}*"):
-                shutil.rmtree(partial, ignore_errors=True)
+
+    def _make_folders(self) -> None:
+        """Makes the folders now rather than when the training is done, without what a kill left there."""
+        for folder in (self.cfg.output_path, self.cfg.checkpoint_path):
+            if folder is not None:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                for partial in Path(folder).glob(f"{PARTIAL}*"):
+                    shutil.rmtree(partial, ignore_errors=True)
 
     def _set_metadata(self) -> None:
         metadata, cfg = self.sae.cfg.metadata, self.cfg
@@ -312,3 +350,12 @@ class TranscoderTrainingRunner:
             "training_tokens",
         ):
             metadata[name] = getattr(cfg, name)
+
+
+@contextmanager
+def reading(file: Path) -> Iterator[Path]:
+    """Says which file of a checkpoint could not be read."""
+    try:
+        yield file
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError, SafetensorError) as e:
+        raise ValueError(f"The checkpoint's {file} is damaged ({type(e).__name__}: {e}).") from e

@@ -1,6 +1,7 @@
 """Text to run a language model on, by name, as a datasets.Dataset with a "text" column."""
 
 import ast
+import os
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -35,7 +36,9 @@ def load_text(source: str | Path, streaming: bool = True) -> Dataset | IterableD
         LookupError: an nltk corpus that is not there.
         ValueError: there is no text in it.
     """
-    source = str(source)
+    source = os.path.expanduser(str(source))
+    if not source:
+        raise ValueError("The text has no name: give a source, or a data set.")
     if source == EMBEDDED:
         rows: Iterable[str] = python_documentation()
     elif source.startswith("nltk:"):
@@ -128,11 +131,12 @@ def python_documentation() -> Iterator[str]:
 def nltk_corpus(name: str) -> Iterator[str]:
     """The paragraphs of an nltk corpus, its tokens joined to running text where it is tokenised."""
     import nltk.corpus
-    from nltk.corpus.reader import PlaintextCorpusReader, XMLCorpusReader
+    from nltk.corpus.reader import CorpusReader, PlaintextCorpusReader, XMLCorpusReader
+    from nltk.corpus.util import LazyCorpusLoader
     from nltk.tokenize.treebank import TreebankWordDetokenizer
 
     reader = getattr(nltk.corpus, name, None)
-    if reader is None:
+    if not isinstance(reader, (LazyCorpusLoader, CorpusReader)):
         raise LookupError(f"nltk has no corpus {name!r}.")
     try:
         reader.ensure_loaded()

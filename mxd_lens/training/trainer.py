@@ -1,6 +1,6 @@
 """SAELens' trainer, with checkpoints that are whole or not there, and runs that stop and go on."""
 
-import math
+import re
 import shutil
 import signal
 import threading
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from sae_lens import logger
+from sae_lens.constants import RUNNER_CFG_FILENAME, TRAINER_STATE_FILENAME
 from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.training.sae_trainer import SAETrainer
 from safetensors import SafetensorError
@@ -50,6 +51,7 @@ class TranscoderTrainer(SAETrainer[Any, Any]):
         """One entry per logged step: step, tokens, loss, normalized_mse, l0, dead, lr."""
         self.stop_requested = False
         self.checkpoint_thresholds: list[int]
+        self.optimizer.register_step_pre_hook(self._check_gradient)
 
     @property
     def last_checkpoint(self) -> Path | None:
@@ -65,6 +67,7 @@ class TranscoderTrainer(SAETrainer[Any, Any]):
             FloatingPointError: the batch or the loss is not finite. The weights are those of the step
                 before.
         """
+        self._lr = self.optimizer.param_groups[0]["lr"]
         try:
             if not torch.isfinite(batch).all():
                 bad = (~torch.isfinite(batch)).any(-1).sum().item()
@@ -75,6 +78,13 @@ class TranscoderTrainer(SAETrainer[Any, Any]):
                 f"Training stopped at step {self.n_training_steps}: {e} "
                 f"The last checkpoint is {self.last_checkpoint or 'not there: none was written yet'}."
             ) from e
+
+    def _check_gradient(self, *_: Any) -> None:
+        """A finite loss can have a gradient that is not; Adam must not see it."""
+        gradients = [p.grad for p in self.sae.parameters() if p.grad is not None]
+        if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+            self.optimizer.zero_grad()
+            raise FloatingPointError("the gradient is not finite.")
 
     @override
     def _checkpoint_if_needed(self) -> None:
@@ -99,7 +109,7 @@ class TranscoderTrainer(SAETrainer[Any, Any]):
                 "normalized_mse": float(step_output.metrics["normalized_mse"]),
                 "l0": float(step_output.metrics["l0"]),
                 "dead": int(self.dead_neurons.sum()),
-                "lr": self.optimizer.param_groups[0]["lr"],
+                "lr": self._lr,
             }
             self.history.append(entry)
             pbar.set_description("Training")
@@ -109,17 +119,18 @@ class TranscoderTrainer(SAETrainer[Any, Any]):
             )
         if self.checkpoint_thresholds and self.n_training_samples > self.checkpoint_thresholds[0]:
             self.checkpoint_thresholds.pop(0)
-            self._checkpoint_or_warn()
+            self.checkpoint_or_warn(str(self.n_training_samples))
         if self.stop_requested:
             pbar.close()
-            if self.cfg.checkpoint_path is not None:
-                self.save_checkpoint(str(self.n_training_samples))
+            self.checkpoint_or_warn(str(self.n_training_samples))
             raise TrainingInterrupted(self.last_checkpoint)
 
-    def _checkpoint_or_warn(self) -> None:
-        """A checkpoint that cannot be written is no reason to lose the run."""
+    def checkpoint_or_warn(self, name: str) -> None:
+        """Saves a checkpoint; one that cannot be written is no reason to lose the run."""
+        if self.cfg.checkpoint_path is None:
+            return
         try:
-            self.save_checkpoint(str(self.n_training_samples))
+            self.save_checkpoint(name)
         except OSError as e:
             logger.error("%s Training goes on.", e)
 
@@ -183,11 +194,10 @@ def complete_checkpoints(folder: str | Path | None) -> list[Path]:
     """The checkpoints in `folder` that were written to the end, oldest first."""
     if folder is None or not Path(folder).is_dir():
         return []
-    found = [p for p in Path(folder).iterdir() if p.is_dir() and not p.name.startswith(PARTIAL)]
-    return sorted((p for p in found if not math.isnan(tokens_of(p))), key=tokens_of)
-
-
-def tokens_of(checkpoint: Path) -> float:
-    """The number of tokens a checkpoint was written after, which its name ends with; else NaN."""
-    number = checkpoint.name.rsplit("_", 1)[-1]
-    return int(number) if number.isdigit() else math.nan
+    tokens = {
+        path: int(name[1])
+        for path in Path(folder).iterdir()
+        if (name := re.fullmatch("(?:final_)?([0-9]+)", path.name))
+        and all((path / file).is_file() for file in (TRAINER_STATE_FILENAME, RUNNER_CFG_FILENAME))
+    }
+    return sorted(tokens, key=tokens.__getitem__)
