@@ -33,28 +33,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_MODULE_OF = {
-    "MxD": "architectures",
-    "MxDConfig": "architectures",
-    "TopKSkipTranscoder": "architectures",
-    "TopKSkipTranscoderConfig": "architectures",
-    "TopKTranscoder": "architectures",
-    "TopKTranscoderConfig": "architectures",
-    "TrainingTopKSkipTranscoder": "architectures",
-    "TrainingTopKSkipTranscoderConfig": "architectures",
-    "TrainingTopKTranscoder": "architectures",
-    "TrainingTopKTranscoderConfig": "architectures",
-    "TrainingMxD": "architectures",
-    "TrainingMxDConfig": "architectures",
-    "matched_n_experts": "architectures",
-    "FaithfulnessReport": "evals.faithfulness",
-    "evaluate": "evals.faithfulness",
-    "replacement_hooks": "hooks",
-    "load_model": "models",
-    "PairedActivationsStore": "training.activations",
-    "TranscoderRunnerConfig": "training.runner",
-    "TranscoderTrainingRunner": "training.runner",
-}
+_MODULES = (
+    "architectures",
+    "models",
+    "hooks",
+    "training.activations",
+    "training.runner",
+    "evals.faithfulness",
+)
 
 __all__ = [
     "FaithfulnessReport",
@@ -81,9 +67,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    if name in __all__:
+        for module_name in _MODULES:
+            module = importlib.import_module(f"{__name__}.{module_name}")
+            if hasattr(module, name):
+                return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -69,7 +69,7 @@ def run_demo(
         dataset_path=EMBEDDED,
         training_tokens=steps * batch,
         train_batch_size_tokens=batch,
-        lr=1e-3,
+        lr=3e-3,
         lr_warm_up_steps=min(30, steps // 4),
         lr_decay_steps=steps // 3,
         use_cached_activations=True,
