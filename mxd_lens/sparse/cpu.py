@@ -1,4 +1,9 @@
-"""The kernels on a CPU: oneDNN for the gate's product, embedding bags for the rest."""
+"""The kernels on a CPU: oneDNN for the gate's product, embedding bags for the rest.
+
+Half of their backward pass goes into faulting in the pages of two fresh `[d_sae, d]`
+gradients. THP_MEM_ALLOC_ENABLE=1 in the environment, which has torch ask Linux for
+huge pages, saves most of that.
+"""
 
 from collections.abc import Iterator
 
