@@ -116,12 +116,12 @@ def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 
 CASES = {
     "one token": ((), 3, 5, 7, 2),
-    "k = 1": ((5,), 8, 1, 150, 1),
+    "k = 1, groups of groups": ((3,), 8, 1, 300, 1),
     "k = N": ((2, 3), 16, 9, 9, 9),
     "no tokens": ((0,), 4, 3, 10, 2),
     "no tokens in a batch": ((2, 0), 4, 3, 10, 2),
     "wider than a block": ((2, 3), 300, 270, 40, 2),
-    "more tokens than a block, many candidates": ((70,), 6, 7, 53, 3),
+    "more tokens than a block, many candidates": ((70,), 6, 7, 133, 2),
 }
 
 

@@ -17,14 +17,16 @@ def largest(
     entries are among their members. A maximum costs a fraction of a selection.
     """
     tokens, d_sae = pre.shape
-    if d_sae < 2 * _GROUP * k:
+    if d_sae < 4 * _GROUP * k:
         return torch.topk(pre, k, sorted=False)
     # Neighbouring groups are neighbours in memory, so that the maximum is elementwise.
     groups = d_sae // _GROUP
-    grouped = groups * _GROUP
-    _, chosen = largest(pre[:, :grouped].view(tokens, _GROUP, groups).amax(1), k)
-    members = chosen[:, None] + torch.arange(0, grouped, groups, device=pre.device)[:, None]
-    rest = torch.arange(grouped, d_sae, device=pre.device)
-    candidates = torch.cat([members.flatten(1), rest.expand(tokens, -1)], 1)
-    values, positions = torch.topk(pre.gather(1, candidates), k, sorted=False)
-    return values, candidates.gather(1, positions)
+    grouped = pre[:, : groups * _GROUP].view(tokens, _GROUP, groups)
+    _, chosen = largest(grouped.amax(1), k)
+    members = grouped.gather(2, chosen[:, None].expand(-1, _GROUP, -1)).flatten(1)
+    candidates = torch.cat([members, pre[:, groups * _GROUP :]], 1)
+    values, positions = torch.topk(candidates, k, sorted=False)
+    in_group = chosen.gather(1, positions % k) + positions // k * groups
+    # What is left over beyond the last whole group follows the members.
+    beyond = positions + (groups * _GROUP - members.shape[1])
+    return values, torch.where(positions < members.shape[1], in_group, beyond)
