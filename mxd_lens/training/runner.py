@@ -92,6 +92,8 @@ class TranscoderRunnerConfig(LanguageModelSAERunnerConfig[TrainingPairedTranscod
     lr: float = 4e-4
     lr_warm_up_steps: int = 5000
     exclude_special_tokens: bool | list[int] = True
+    dead_feature_window: int | None = None
+    """Steps without firing after which an expert counts as dead. None: a tenth of the run, at most 1,000."""
     use_cached_activations: bool = False
     """Keep the activations on disk, so that further epochs and runs need no language model."""
     cached_activations_path: str | None = None
@@ -149,6 +151,8 @@ class TranscoderRunnerConfig(LanguageModelSAERunnerConfig[TrainingPairedTranscod
         if self.use_cached_activations and self.cached_activations_path is None:
             model = self.model_name.replace("/", "_")
             self.cached_activations_path = str(Path("activations") / model / self.hook_name)
+        if self.dead_feature_window is None:
+            self.dead_feature_window = max(1, min(1000, self.total_training_steps // 10))
         super().__post_init__()
         # SAELens puts a random folder in between, and a later run could not find its checkpoints.
         self.checkpoint_path = checkpoint_path
