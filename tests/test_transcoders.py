@@ -1,4 +1,4 @@
-"""The TopK transcoders: their formulas, and what they share with the MxD."""
+"""Skip connections and TopK transcoders: their formulas, and what they share with the MxD."""
 
 import pytest
 import torch
@@ -8,11 +8,16 @@ from sae_lens.saes.sae import SAEMetadata
 from test_mxd import step_input
 
 import mxd_lens
-from mxd_lens import TopKSkipTranscoder, TopKTranscoder, replacement_hooks
+from mxd_lens import MxD, SkipMxD, TopKSkipTranscoder, TopKTranscoder, replacement_hooks
 from mxd_lens.architectures import ARCHITECTURES
 
 D_IN, D_OUT, N, K = 7, 5, 13, 4
-KINDS = {"TopKTranscoder": False, "TopKSkipTranscoder": True}
+KINDS = {
+    "TopKTranscoder": {},
+    "TopKSkipTranscoder": {},
+    "SkipMxD": {"d_hidden": 11},
+}
+HAS_SKIP = {"TopKSkipTranscoder", "SkipMxD"}
 
 
 @pytest.fixture(params=KINDS)
@@ -23,7 +28,7 @@ def kind(request) -> str:
 def make(kind: str, training: bool = False, **changes):
     prefix = "Training" if training else ""
     config = getattr(mxd_lens, f"{prefix}{kind}Config")
-    settings = {"d_in": D_IN, "d_out": D_OUT, "d_sae": N, "k": K, "dtype": "float64"} | changes
+    settings = {"d_in": D_IN, "d_out": D_OUT, "d_sae": N, "k": K, "dtype": "float64"} | KINDS[kind] | changes
     torch.manual_seed(0)
     return getattr(mxd_lens, f"{prefix}{kind}")(config(**settings))
 
@@ -39,9 +44,13 @@ def test_forward_is_the_explicit_sum_over_features(kind):
     x = torch.randn(6, D_IN, dtype=torch.float64)
     pre = x @ layer.W_enc + layer.b_enc
     for row, x_t, y_t in zip(pre, x, layer(x), strict=True):
-        y = layer.b_dec + (layer.W_skip @ x_t if KINDS[kind] else 0)
+        y = layer.b_dec + (layer.W_skip @ x_t if kind in HAS_SKIP else 0)
         for n in sorted(range(N), key=lambda n: -row[n])[:K]:
-            y = y + row[n].clamp(min=0) * layer.W_dec[n]
+            expert = layer.W_dec[n]
+            if kind == "SkipMxD":
+                z = torch.nn.functional.gelu(x_t @ layer.W_hidden + layer.b_hidden)
+                expert = z @ (layer.W_out @ torch.diag(layer.W_dec[n]))
+            y = y + row[n].clamp(min=0) * expert
         torch.testing.assert_close(y_t, y, rtol=1e-12, atol=1e-12)
 
 
@@ -49,7 +58,10 @@ def test_they_are_saelens_transcoders():
     assert issubclass(TopKTranscoder, Transcoder)
     assert not issubclass(TopKTranscoder, SkipTranscoder)
     assert issubclass(TopKSkipTranscoder, SkipTranscoder)
-    assert make("TopKSkipTranscoder").W_skip.shape == (D_OUT, D_IN)
+    assert issubclass(SkipMxD, MxD)
+    assert issubclass(SkipMxD, SkipTranscoder)
+    for kind in HAS_SKIP:
+        assert make(kind).W_skip.shape == (D_OUT, D_IN)
 
 
 def test_output_is_b_at_the_start(kind):
@@ -58,6 +70,7 @@ def test_output_is_b_at_the_start(kind):
     assert torch.equal(layer(x), layer.b_dec.expand(3, D_OUT))
 
 
+@pytest.mark.parametrize("kind", ["TopKTranscoder", "TopKSkipTranscoder"])
 def test_rows_are_free_in_training(kind):
     layer = make(kind, training=True)
     torch.nn.init.normal_(layer.W_dec, std=2)

@@ -9,6 +9,12 @@ from mxd_lens.architectures.mxd import (
     TrainingMxDConfig,
     matched_n_experts,
 )
+from mxd_lens.architectures.skip_mxd import (
+    SkipMxD,
+    SkipMxDConfig,
+    TrainingSkipMxD,
+    TrainingSkipMxDConfig,
+)
 from mxd_lens.architectures.topk_skip_transcoder import (
     TopKSkipTranscoder,
     TopKSkipTranscoderConfig,
@@ -24,6 +30,7 @@ from mxd_lens.architectures.topk_transcoder import (
 
 ARCHITECTURES = (
     (MxD, MxDConfig, TrainingMxD, TrainingMxDConfig),
+    (SkipMxD, SkipMxDConfig, TrainingSkipMxD, TrainingSkipMxDConfig),
     (TopKTranscoder, TopKTranscoderConfig, TrainingTopKTranscoder, TrainingTopKTranscoderConfig),
     (
         TopKSkipTranscoder,
@@ -42,12 +49,16 @@ __all__ = [
     "ARCHITECTURES",
     "MxD",
     "MxDConfig",
+    "SkipMxD",
+    "SkipMxDConfig",
     "TopKSkipTranscoder",
     "TopKSkipTranscoderConfig",
     "TopKTranscoder",
     "TopKTranscoderConfig",
     "TrainingMxD",
     "TrainingMxDConfig",
+    "TrainingSkipMxD",
+    "TrainingSkipMxDConfig",
     "TrainingTopKSkipTranscoder",
     "TrainingTopKSkipTranscoderConfig",
     "TrainingTopKTranscoder",

@@ -197,15 +197,15 @@ class PairedActivationsStore(ActivationsStore):
         The model is known by its activations on the first sequence, the text by its name, its first
         sequence and, where it is a datasets.Dataset, its fingerprint.
         """
-        first = next(self._iterate_tokenized_sequences(), None)
-        self.n_dataset_processed = 0
-        pairs = None if first is None else self._capture(first.unsqueeze(0)).float().cpu().contiguous()
+        first = self._read(1)
+        self._restart_text()
+        pairs = None if first is None else self._capture(first).float().cpu().contiguous()
         decides = {
             "model": cfg.model_name,
             "hooks": self.hook_names,
             "text": cfg.dataset_path,
             "fingerprint": getattr(self.dataset, "_fingerprint", None),
-            "first_sequence": None if first is None else first.tolist(),
+            "first_sequence": None if first is None else first[0].tolist(),
             "first_pairs": None if pairs is None else hashlib.sha256(pairs.numpy().data).hexdigest(),
             "autocast": self.autocast_lm,
             "context_size": self.context_size,
@@ -252,18 +252,25 @@ class PairedActivationsStore(ActivationsStore):
     def _start_epoch(self) -> None:
         self._epoch += 1
         self._llm_batch = self._sequences_read = self._rows_in_epoch = 0
+        self._restart_text()
+
+    def _restart_text(self) -> None:
         self.n_dataset_processed = 0
         self.iterable_sequences = self._iterate_tokenized_sequences()
 
     def _next_sequences(self) -> Int[Tensor, "sequences context"] | None:
         """The sequences of batch `_llm_batch`; None at the end of the text."""
         behind = self._llm_batch * self.store_batch_size_prompts - self._sequences_read
-        for _ in islice(self.iterable_sequences, behind):  # a resumed run, or batches that were cached
-            pass
+        self._read(behind)  # a resumed run, or batches that were cached
+        sequences = self._read(self.store_batch_size_prompts)
+        self._sequences_read += behind + (0 if sequences is None else len(sequences))
+        return sequences
+
+    def _read(self, n: int) -> Int[Tensor, "sequences context"] | None:
+        """The next n sequences of the text, fewer where it ends; None where there is none."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "To copy construct from a tensor", UserWarning)
-            sequences = list(islice(self.iterable_sequences, self.store_batch_size_prompts))
-        self._sequences_read += behind + len(sequences)
+            sequences = list(islice(self.iterable_sequences, n))
         return torch.stack(sequences) if sequences else None
 
     @torch.no_grad()
