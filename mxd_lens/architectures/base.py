@@ -509,10 +509,7 @@ class TrainingPairedTranscoder(PairedTranscoder, TrainingSAE[Any]):
             hidden_pre=hidden_pre.detach(),
             loss=loss,
             losses=losses,
-            metrics={
-                "normalized_mse": (squared_error.detach() / y_norm.pow(2)).mean(),
-                "l0": (values.detach() > 0).sum(-1).float().mean(),
-            },
+            metrics={"normalized_mse": (squared_error.detach() / y_norm.pow(2)).mean()},
         )
 
 

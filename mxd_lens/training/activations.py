@@ -3,8 +3,8 @@
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,9 +93,15 @@ class PairedActivationsStore(ActivationsStore):
     stops after the layer; the batches are mixed as SAELens mixes them. When the text ends it starts
     again. An iterator: `SAETrainer` takes it as its data provider.
 
+    For layers that are trained beside each other the batches hold every hook point of theirs once, side
+    by side in one row a token; `select` gives each its own.
+
     `state_dict` holds everything that decides the coming batches, so that a store loaded from it goes
     on with exactly the batches this one would have given.
     """
+
+    columns: dict[str, slice]
+    """Where in a batch's rows the activations of a hook point are, by the name in the config."""
 
     _buffer: MixingBuffer
     _cache: ActivationCache | None
@@ -111,8 +117,15 @@ class PairedActivationsStore(ActivationsStore):
         model: Any,
         cfg: "TranscoderRunnerConfig",
         override_dataset: HfDataset | None = None,
+        beside: Iterable["TranscoderRunnerConfig"] = (),
     ) -> Self:
         """The store of a run.
+
+        Args:
+            model: any hooked model.
+            cfg: says which text, how it is tokenised and mixed, and which hooks.
+            override_dataset: used instead of cfg.dataset_path.
+            beside: runs whose hooks are captured in the same forward pass.
 
         Raises:
             ValueError: the model has no such hook point, or there is no text.
@@ -126,8 +139,9 @@ class PairedActivationsStore(ActivationsStore):
             raise ValueError(
                 f"context_size is {cfg.context_size}; {model.cfg.model_name} reads {model.cfg.n_ctx} tokens."
             )
-        hook_in = hook_point_name(model, cfg.hook_name)
-        hook_out = hook_point_name(model, cfg.hook_name_out)
+        runs = (cfg, *beside)
+        widths = {name: width for run in reversed(runs) for name, width in run.hook_widths.items()}
+        hooks = {name: hook_point_name(model, name) for name in widths}
         excluded = special_token_ids(model, cfg.exclude_special_tokens)
         with warnings.catch_warnings():
             # Too few samples, not tokenised: both are what most users here want.
@@ -135,8 +149,8 @@ class PairedActivationsStore(ActivationsStore):
             store = cls.from_config_multi_hook(
                 model,
                 dataset=dataset,
-                hook_names=[hook_in, hook_out],
-                hook_d_ins={hook_in: cfg.sae.d_in, hook_out: cfg.sae.d_out},
+                hook_names=list(hooks.values()),
+                hook_d_ins={hook: widths[name] for name, hook in hooks.items()},
                 context_size=cfg.context_size,
                 n_batches_in_buffer=cfg.n_batches_in_buffer,
                 total_training_tokens=cfg.training_tokens,
@@ -163,13 +177,17 @@ class PairedActivationsStore(ActivationsStore):
             cfg.seed,
         )
         store._epoch = store._llm_batch = store._sequences_read = store._rows_in_epoch = 0
-        store.check_widths(cfg.sae.d_in, cfg.sae.d_out)
+        store.check_widths(runs)
+        ends = list(accumulate(widths.values(), initial=0))
+        store.columns = {
+            name: slice(start, end) for name, start, end in zip(widths, ends[:-1], ends[1:], strict=True)
+        }
         store._cache = None
         if cfg.use_cached_activations:
             assert cfg.cached_activations_path is not None  # set by the config
             store._cache = ActivationCache(
                 Path(cfg.cached_activations_path),
-                width=cfg.sae.d_in + cfg.sae.d_out,
+                width=ends[-1],
                 dtype=str_to_dtype(cfg.cached_activations_dtype),
                 key=store.cache_key(cfg),
             )
@@ -177,19 +195,27 @@ class PairedActivationsStore(ActivationsStore):
 
     @property
     def hook_names(self) -> list[str]:
-        """The hook points of x and of y, as this model calls them."""
+        """The hook points captured, as this model calls them."""
         assert self._hook_names is not None  # set by from_config_multi_hook
         return self._hook_names
 
-    def check_widths(self, d_in: int, d_out: int) -> None:
+    def check_widths(self, runs: Iterable["TranscoderRunnerConfig"]) -> None:
         """Runs one token to see whether d_in and d_out are what the hooks give."""
         activations = self.get_multi_hook_activations(
             torch.zeros(1, 1, dtype=torch.long, device=self.model.cfg.device)
         )
-        for hook, name, expected in zip(self.hook_names, ("d_in", "d_out"), (d_in, d_out), strict=True):
-            width = activations[hook].shape[-1]
-            if width != expected:
-                raise ValueError(f"{name} is {expected}, but {hook} of this model has width {width}.")
+        for cfg in runs:
+            for hook, field in ((cfg.hook_name, "d_in"), (cfg.hook_name_out, "d_out")):
+                name = hook_point_name(self.model, hook)
+                width, expected = activations[name].shape[-1], cfg.hook_widths[hook]
+                if width != expected:
+                    raise ValueError(f"{field} is {expected}, but {name} of this model has width {width}.")
+
+    def select(
+        self, rows: Float[Tensor, "batch width"], cfg: "TranscoderRunnerConfig"
+    ) -> Float[Tensor, "batch d_in_plus_d_out"]:
+        """What the layer of `cfg` is trained on, out of a batch for several layers."""
+        return torch.cat([rows[:, self.columns[name]] for name in cfg.hook_widths], dim=1)
 
     def cache_key(self, cfg: "TranscoderRunnerConfig") -> str:
         """A hash of all that decides the activations: model, hooks, text, tokenisation.

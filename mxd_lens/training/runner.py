@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -21,9 +21,10 @@ from sae_lens.constants import (
     SPARSITY_FILENAME,
     TRAINER_STATE_FILENAME,
 )
-from sae_lens.saes.sae import TrainingSAE
+from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 from typing_extensions import override
 
 from mxd_lens.architectures.base import TrainingPairedTranscoder, TrainingPairedTranscoderConfig
@@ -61,9 +62,24 @@ WHERE_NOT_WHAT = (
 )
 """Fields in which a resumed run may differ from the run it goes on with."""
 
+IN_METADATA = (
+    "model_name",
+    "hook_name",
+    "hook_name_out",
+    "dataset_path",
+    "context_size",
+    "seqpos_slice",
+    "prepend_bos",
+    "exclude_special_tokens",
+    "sequence_separator_token",
+    "disable_concat_sequences",
+    "training_tokens",
+)
+"""Fields that a saved layer says about itself."""
+
 
 @dataclass
-class TranscoderRunnerConfig(LanguageModelSAERunnerConfig[TrainingPairedTranscoderConfig]):
+class TranscoderRunnerConfig(LanguageModelSAERunnerConfig[TrainingSAEConfig]):
     """A training run. SAELens' `LanguageModelSAERunnerConfig` with an output hook and other defaults.
 
     The defaults are the recipe of the paper's code on GPT-2: AdamW without weight decay (SAELens' Adam
@@ -76,7 +92,8 @@ class TranscoderRunnerConfig(LanguageModelSAERunnerConfig[TrainingPairedTranscod
     effect, as in SAELens: a data set with a column "tokens" or "input_ids" is.
     """
 
-    sae: TrainingPairedTranscoderConfig
+    sae: TrainingSAEConfig
+    """A layer of this package; or an SAE of SAELens, with the same hook as input and target."""
     model_name: str = "gpt2"
     """A name for `load_model`."""
     hook_name: str = "blocks.8.mlp.hook_in"
@@ -120,19 +137,25 @@ class TranscoderRunnerConfig(LanguageModelSAERunnerConfig[TrainingPairedTranscod
             value = getattr(self, name)
             if value not in (defaults[name], {}):
                 raise ValueError(f"{name} is not supported here, got {value!r}.")
-        if not isinstance(self.sae, TrainingPairedTranscoderConfig):
+        if not isinstance(self.sae, TrainingSAEConfig):
             raise ValueError(
                 f"sae must be the config of a training transcoder, got {type(self.sae).__name__}."
             )
+        is_transcoder = isinstance(self.sae, TrainingPairedTranscoderConfig)
         if self.sae.dtype == "float16":
             raise ValueError(
                 "sae.dtype is float16: Adam's epsilon is zero there, and the weights would be NaN after a "
                 "step. Train in float32 or bfloat16, and convert the trained layer."
             )
-        if self.hook_name == self.hook_name_out:
+        if is_transcoder and self.hook_name == self.hook_name_out:
             raise ValueError(
                 f"hook_name and hook_name_out are both {self.hook_name}: a layer that reconstructs its own "
-                "input is an SAE, which SAELens' runner trains."
+                "input is an SAE; sae must be the config of one."
+            )
+        if not is_transcoder and self.hook_name != self.hook_name_out:
+            raise ValueError(
+                f"sae is a {type(self.sae).__name__}, an SAE: hook_name and hook_name_out must be the same, "
+                f"got {self.hook_name} and {self.hook_name_out}."
             )
         for name in (
             "n_checkpoints_kept",
@@ -158,12 +181,96 @@ class TranscoderRunnerConfig(LanguageModelSAERunnerConfig[TrainingPairedTranscod
         self.checkpoint_path = checkpoint_path
         self.model_from_pretrained_kwargs: dict[str, Any] | None = {}
 
+    @property
+    def hook_widths(self) -> dict[str, int]:
+        """The hook points a batch holds, in order, and their widths: x and y, or an SAE's one."""
+        if not isinstance(self.sae, TrainingPairedTranscoderConfig):
+            return {self.hook_name: self.sae.d_in}
+        return {self.hook_name: self.sae.d_in, self.hook_name_out: self.sae.d_out}
+
     def latest_checkpoint(self) -> Path | None:
         """The checkpoint that `resume_from_checkpoint` means."""
         if self.resume_from_checkpoint != LATEST:
             return Path(self.resume_from_checkpoint) if self.resume_from_checkpoint else None
         found = complete_checkpoints(self.checkpoint_path)
         return found[-1] if found else None
+
+
+class LayerRun:
+    """One layer in training: its configuration, its weights, its trainer."""
+
+    def __init__(
+        self,
+        cfg: TranscoderRunnerConfig,
+        data_provider: Iterator[Tensor],
+        override_sae: TrainingSAE[Any] | None = None,
+        save_checkpoint_fn: Callable[..., None] | None = None,
+    ) -> None:
+        self.cfg = cfg
+        self.sae = override_sae if override_sae is not None else self._new_sae()
+        self.sae.to(cfg.device)
+        self.trainer = TranscoderTrainer(
+            # The trainer would give up where the final checkpoint cannot be written.
+            cfg=replace(cfg.to_sae_trainer_config(), save_final_checkpoint=False),
+            sae=self.sae,
+            data_provider=data_provider,
+            save_checkpoint_fn=save_checkpoint_fn,
+        )
+        self.trainer.n_checkpoints_kept = cfg.n_checkpoints_kept
+        metadata = self.sae.cfg.metadata
+        for name in IN_METADATA:
+            metadata[name] = getattr(cfg, name)
+
+    def _new_sae(self) -> TrainingSAE[Any]:
+        if self.cfg.from_pretrained_path is not None:
+            return TrainingSAE.load_from_disk(self.cfg.from_pretrained_path, self.cfg.device)
+        with torch.random.fork_rng():
+            torch.manual_seed(self.cfg.seed)
+            return TrainingSAE.from_dict(self.cfg.get_training_sae_cfg_dict())
+
+    def load_checkpoint(self, checkpoint: Path) -> None:
+        """Goes on with the weights and the trainer's state in `checkpoint`.
+
+        Raises:
+            ValueError: a file in it is damaged.
+        """
+        with reading(checkpoint / TRAINER_STATE_FILENAME):
+            self.trainer.load_trainer_state(checkpoint)
+        with reading(checkpoint / SAE_WEIGHTS_FILENAME):
+            self.sae.load_weights_from_checkpoint(checkpoint)
+
+    def finish(self) -> None:
+        """Leaves the layer as it will be saved, once its training is done."""
+        if isinstance(self.sae, TrainingPairedTranscoder):
+            self.sae.normalize_decoder()  # as before every step
+        self.sae.eval()
+
+    def save(self, output_path: str | Path) -> None:
+        """Writes the layer as SAELens does, with the run's config and history beside it.
+
+        Every file is written under another name first, so that a full disk leaves no half of one.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        folder = Path(output_path)
+        partial = folder / f"{PARTIAL}final"
+        try:
+            self.sae.save_inference_model(partial)
+            save_file({"sparsity": self.trainer.log_feature_sparsity}, partial / SPARSITY_FILENAME)
+            self.save_description(partial)
+            # cfg.json last: a folder that has one is complete.
+            for file in sorted(partial.iterdir(), key=lambda file: file.name == SAE_CFG_FILENAME):
+                file.replace(folder / file.name)
+        except (OSError, SafetensorError) as e:
+            raise OSError(f"Could not write the trained layer to {folder}: {e}.") from e
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def save_description(self, folder: Path) -> None:
+        """Writes the run's config and its training curve."""
+        (folder / RUNNER_CFG_FILENAME).write_text(json.dumps(self.cfg.to_dict(), indent=1))
+        (folder / HISTORY_FILENAME).write_text(json.dumps(self.trainer.history))
 
 
 class TranscoderTrainingRunner:
@@ -196,32 +303,23 @@ class TranscoderTrainingRunner:
         """
         self.cfg = cfg
         self.checkpoint = cfg.latest_checkpoint()
-        self._check_folders()
+        if self.checkpoint is None:
+            refuse_another_run(cfg.output_path, cfg.checkpoint_path)
+        else:
+            refuse_other_settings(self.checkpoint, read_json(self.checkpoint / RUNNER_CFG_FILENAME), cfg)
         self.model = override_model or load_model(cfg.model_name, cfg.llm_device or "cpu")
         self.activations_store = PairedActivationsStore.from_config(self.model, cfg, override_dataset)
-        self.sae = override_sae if override_sae is not None else self._new_sae()
-        self.sae.to(cfg.device)
-        self.trainer = TranscoderTrainer(
-            # The trainer would give up where the final checkpoint cannot be written.
-            cfg=replace(cfg.to_sae_trainer_config(), save_final_checkpoint=False),
-            sae=self.sae,
-            data_provider=self.activations_store,
-            save_checkpoint_fn=self._save_run_state,
-        )
-        self.trainer.n_checkpoints_kept = cfg.n_checkpoints_kept
+        self.layer = LayerRun(cfg, self.activations_store, override_sae, self._save_run_state)
+        self.sae, self.trainer = self.layer.sae, self.layer.trainer
         if self.checkpoint is not None:
-            self._load_checkpoint(self.checkpoint)
-        self._set_metadata()
-        self._make_folders()
+            logger.info("Resuming from %s", self.checkpoint)
+            self.layer.load_checkpoint(self.checkpoint)
+            with reading(self.checkpoint / ACTIVATIONS_STORE_STATE_FILENAME):
+                self.activations_store.load_from_checkpoint(self.checkpoint)
+            self.trainer.history = read_json(self.checkpoint / HISTORY_FILENAME)
+        make_folders(cfg.output_path, cfg.checkpoint_path)
 
-    def _new_sae(self) -> TrainingSAE[Any]:
-        if self.cfg.from_pretrained_path is not None:
-            return TrainingSAE.load_from_disk(self.cfg.from_pretrained_path, self.cfg.device)
-        with torch.random.fork_rng():
-            torch.manual_seed(self.cfg.seed)
-            return TrainingSAE.from_dict(self.cfg.get_training_sae_cfg_dict())
-
-    def run(self) -> TrainingPairedTranscoder:
+    def run(self) -> TrainingSAE[Any]:
         """Trains, saves and returns the layer.
 
         Raises:
@@ -229,131 +327,88 @@ class TranscoderTrainingRunner:
             FloatingPointError: activations or loss not finite; the last checkpoint is kept.
             OSError: the result could not be written; it stays in `self.sae`.
         """
-        log = self.cfg.logger
-        if log.log_to_wandb:
-            wandb.init(
-                project=log.wandb_project,
-                entity=log.wandb_entity,
-                config=self.cfg.to_dict(),
-                name=log.run_name,
-                id=log.wandb_id,
-            )
-        with self.trainer.stopping_on_signals():
+        start_wandb(self.cfg.logger, self.cfg.to_dict())
+        with self.trainer.stop.by_signals():
             self.trainer.fit()
-        self.sae.normalize_decoder()  # as before every step
-        self.sae.eval()
+        self.layer.finish()
         if self.cfg.save_final_checkpoint:
             self.trainer.checkpoint_or_warn(f"final_{self.trainer.n_training_samples}")
         if self.cfg.output_path is not None:
             self.save_final_sae(self.cfg.output_path)
-        if log.log_to_wandb:
+        if self.cfg.logger.log_to_wandb:
             wandb.finish()
         return self.sae
 
     def save_final_sae(self, output_path: str | Path) -> None:
         """Writes the layer as SAELens does, with the run's config and history beside it.
 
-        Every file is written under another name first, so that a full disk leaves no half of one.
-
         Raises:
             OSError: it could not be written.
         """
-        folder = Path(output_path)
-        partial = folder / f"{PARTIAL}final"
         try:
-            self.sae.save_inference_model(partial)
-            save_file({"sparsity": self.trainer.log_feature_sparsity}, partial / SPARSITY_FILENAME)
-            self._save_run_state(partial, with_activations=False)
-            # cfg.json last: a folder that has one is complete.
-            for file in sorted(partial.iterdir(), key=lambda file: file.name == SAE_CFG_FILENAME):
-                file.replace(folder / file.name)
-        except (OSError, SafetensorError) as e:
+            self.layer.save(output_path)
+        except OSError as e:
             raise OSError(
-                f"Could not write the trained layer to {folder}: {e}. The last checkpoint is "
-                f"{self.trainer.last_checkpoint}; the layer is in runner.sae, and "
+                f"{e} The last checkpoint is {self.trainer.last_checkpoint}; the layer is in runner.sae, and "
                 "runner.save_final_sae(folder) writes it."
             ) from e
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
 
-    def _save_run_state(self, checkpoint_path: Path | None, with_activations: bool = True) -> None:
-        if checkpoint_path is None:
-            return
-        if with_activations:
+    def _save_run_state(self, checkpoint_path: Path | None) -> None:
+        if checkpoint_path is not None:
             self.activations_store.save_to_checkpoint(checkpoint_path)
-        (checkpoint_path / RUNNER_CFG_FILENAME).write_text(json.dumps(self.cfg.to_dict(), indent=1))
-        (checkpoint_path / HISTORY_FILENAME).write_text(json.dumps(self.trainer.history))
+            self.layer.save_description(checkpoint_path)
 
-    def _load_checkpoint(self, checkpoint: Path) -> None:
-        logger.info("Resuming from %s", checkpoint)
-        with reading(checkpoint / TRAINER_STATE_FILENAME):
-            self.trainer.load_trainer_state(checkpoint)
-        with reading(checkpoint / SAE_WEIGHTS_FILENAME):
-            self.sae.load_weights_from_checkpoint(checkpoint)
-        with reading(checkpoint / ACTIVATIONS_STORE_STATE_FILENAME):
-            self.activations_store.load_from_checkpoint(checkpoint)
-        with reading(checkpoint / HISTORY_FILENAME) as file:
-            self.trainer.history = json.loads(file.read_text(encoding="utf-8"))
 
-    def _check_folders(self) -> None:
-        """Refuses to write over another run, or to go on with one."""
-        if self.checkpoint is not None:
-            if not (self.checkpoint / RUNNER_CFG_FILENAME).is_file():
-                raise FileNotFoundError(f"{self.checkpoint} is not a checkpoint of a training run.")
-            with reading(self.checkpoint / RUNNER_CFG_FILENAME) as file:
-                saved = json.loads(file.read_text(encoding="utf-8"))
-            ours = json.loads(json.dumps(self.cfg.to_dict()))
-            changed = [
-                f"{name}: {saved.get(name)!r} then, {ours.get(name)!r} now"
-                for name in sorted((ours.keys() | saved.keys()) - set(WHERE_NOT_WHAT) - {"sae"})
-                if saved.get(name) != ours.get(name)
-            ]
-            saved_sae, our_sae = saved.get("sae", {}), ours["sae"]
-            changed += [
-                f"sae.{name}: {saved_sae.get(name)!r} then, {our_sae.get(name)!r} now"
-                for name in sorted(our_sae.keys() - {"metadata", "device"})
-                if saved_sae.get(name) != our_sae.get(name)
-            ]
-            if changed:
-                raise ValueError(
-                    f"{self.checkpoint} is of another run, and cannot be resumed as this one. "
-                    + "; ".join(changed)
-                )
-            return
-        for folder in (self.cfg.output_path, self.cfg.checkpoint_path):
-            if folder is None:
-                continue
-            path = Path(folder)
-            if (path / SAE_CFG_FILENAME).exists() or complete_checkpoints(path):
-                raise FileExistsError(
-                    f"{path} holds another run. Go on with it (resume_from_checkpoint='latest'), name "
-                    "another folder, or delete it."
-                )
+def start_wandb(log: LoggingConfig, config: dict[str, Any]) -> None:
+    """Starts a Weights & Biases run where one is wanted."""
+    if log.log_to_wandb:
+        wandb.init(
+            project=log.wandb_project,
+            entity=log.wandb_entity,
+            config=config,
+            name=log.run_name,
+            id=log.wandb_id,
+        )
 
-    def _make_folders(self) -> None:
-        """Makes the folders now rather than when the training is done, without what a kill left there."""
-        for folder in (self.cfg.output_path, self.cfg.checkpoint_path):
-            if folder is not None:
-                Path(folder).mkdir(parents=True, exist_ok=True)
-                for partial in Path(folder).glob(f"{PARTIAL}*"):
-                    shutil.rmtree(partial, ignore_errors=True)
 
-    def _set_metadata(self) -> None:
-        metadata, cfg = self.sae.cfg.metadata, self.cfg
-        for name in (
-            "model_name",
-            "hook_name",
-            "hook_name_out",
-            "dataset_path",
-            "context_size",
-            "seqpos_slice",
-            "prepend_bos",
-            "exclude_special_tokens",
-            "sequence_separator_token",
-            "disable_concat_sequences",
-            "training_tokens",
+def refuse_another_run(*folders: str | Path | None) -> None:
+    """Raises FileExistsError where a folder holds a run already."""
+    for folder in folders:
+        if folder is not None and (
+            (Path(folder) / SAE_CFG_FILENAME).exists() or complete_checkpoints(folder)
         ):
-            metadata[name] = getattr(cfg, name)
+            raise FileExistsError(
+                f"{folder} holds another run. Go on with it (resume_from_checkpoint='latest'), name "
+                "another folder, or delete it."
+            )
+
+
+def refuse_other_settings(checkpoint: Path, saved: dict[str, Any], cfg: TranscoderRunnerConfig) -> None:
+    """Raises ValueError where the run in `checkpoint`, with the config `saved`, is not the one of `cfg`."""
+    ours = json.loads(json.dumps(cfg.to_dict()))
+    changed = [
+        f"{name}: {saved.get(name)!r} then, {ours.get(name)!r} now"
+        for name in sorted((ours.keys() | saved.keys()) - set(WHERE_NOT_WHAT) - {"sae"})
+        if saved.get(name) != ours.get(name)
+    ]
+    saved_sae, our_sae = saved.get("sae", {}), ours["sae"]
+    changed += [
+        f"sae.{name}: {saved_sae.get(name)!r} then, {our_sae.get(name)!r} now"
+        for name in sorted(our_sae.keys() - {"metadata", "device"})
+        if saved_sae.get(name) != our_sae.get(name)
+    ]
+    if changed:
+        raise ValueError(
+            f"{checkpoint} is of another run, and cannot be resumed as this one. " + "; ".join(changed)
+        )
+
+
+def make_folders(*folders: str | Path | None) -> None:
+    """Makes the folders now rather than when the training is done, without what a kill left there."""
+    for folder in [Path(folder) for folder in folders if folder is not None]:
+        folder.mkdir(parents=True, exist_ok=True)
+        for partial in folder.glob(f"{PARTIAL}*"):
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager
@@ -363,3 +418,18 @@ def reading(file: Path) -> Iterator[Path]:
         yield file
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError, SafetensorError) as e:
         raise ValueError(f"The checkpoint's {file} is damaged ({type(e).__name__}: {e}).") from e
+
+
+def read_json(file: Path) -> Any:
+    """A checkpoint's JSON file.
+
+    Raises:
+        FileNotFoundError: there is none, so it is no checkpoint.
+        ValueError: it is damaged.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file.parent} is not a checkpoint of a training run: it has no {file.name}."
+        )
+    with reading(file):
+        return json.loads(file.read_text(encoding="utf-8"))

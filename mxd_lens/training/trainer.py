@@ -35,8 +35,33 @@ class TrainingInterrupted(KeyboardInterrupt):
         )
 
 
+class StopRequest:
+    """Whether the run was asked to stop. A second signal stops it at once."""
+
+    requested = False
+
+    def __call__(self, *_: Any) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        logger.warning("Stopping after this step; once more stops at once, without saving.")
+
+    @contextmanager
+    def by_signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM ask for it, until the end of the block."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = {s: signal.signal(s, self) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for signal_number, handler in previous.items():
+                signal.signal(signal_number, handler)
+
+
 class TranscoderTrainer(SAETrainer[Any, Any]):
-    """SAELens' `SAETrainer` on pairs [x | y].
+    """SAELens' `SAETrainer` on pairs [x | y], or for an SAE on x alone.
 
     Adds: a progress bar with loss, normalised MSE, l0 and dead experts; `history`, the training
     curve; a check of every batch before it can touch the weights; checkpoints that appear whole, of
@@ -49,7 +74,7 @@ class TranscoderTrainer(SAETrainer[Any, Any]):
         super().__init__(*args, **kwargs)
         self.history: list[dict[str, float]] = []
         """One entry per logged step: step, tokens, loss, normalized_mse, l0, dead, lr."""
-        self.stop_requested = False
+        self.stop = StopRequest()
         self.checkpoint_thresholds: list[int]
         self.optimizer.register_step_pre_hook(self._check_gradient)
 
@@ -100,18 +125,7 @@ class TranscoderTrainer(SAETrainer[Any, Any]):
     ) -> None:
         """The end of a step: log it, save if it is time to, stop if asked to."""
         pbar.update(self.n_training_samples - pbar.n)
-        every = max(1, self.cfg.total_training_steps // POINTS_IN_HISTORY)
-        if self.n_training_steps % every == 0 or self.n_training_samples >= self.cfg.total_training_samples:
-            entry: dict[str, float] = {
-                "step": self.n_training_steps,
-                "tokens": self.n_training_samples,
-                "loss": float(step_output.loss),
-                "normalized_mse": float(step_output.metrics["normalized_mse"]),
-                "l0": float(step_output.metrics["l0"]),
-                "dead": int(self.dead_neurons.sum()),
-                "lr": self._lr,
-            }
-            self.history.append(entry)
+        if entry := self.record(step_output):
             pbar.set_description("Training")
             pbar.set_postfix_str(
                 f"loss {entry['loss']:.4f}, nmse {entry['normalized_mse']:.3f}, "
@@ -120,10 +134,33 @@ class TranscoderTrainer(SAETrainer[Any, Any]):
         if self.checkpoint_thresholds and self.n_training_samples > self.checkpoint_thresholds[0]:
             self.checkpoint_thresholds.pop(0)
             self.checkpoint_or_warn(str(self.n_training_samples))
-        if self.stop_requested:
+        if self.stop.requested:
             pbar.close()
             self.checkpoint_or_warn(str(self.n_training_samples))
             raise TrainingInterrupted(self.last_checkpoint)
+
+    @torch.no_grad()
+    def record(self, step_output: TrainStepOutput) -> dict[str, float] | None:
+        """Adds the step just made to `history` if it is one of those that are kept; returns its entry."""
+        every = max(1, self.cfg.total_training_steps // POINTS_IN_HISTORY)
+        if self.n_training_steps % every and self.n_training_samples < self.cfg.total_training_samples:
+            return None
+        target, a = step_output.sae_in, step_output.feature_acts
+        squared_error = (step_output.sae_out - target).float().pow(2).sum(-1)
+        squared_norm = target.float().pow(2).sum(-1).clamp_min(1e-12)
+        fired = (a._values() if a.is_sparse else a) > 0
+        self.history.append(
+            {
+                "step": self.n_training_steps,
+                "tokens": self.n_training_samples,
+                "loss": float(step_output.loss),
+                "normalized_mse": float((squared_error / squared_norm).mean()),
+                "l0": float(fired.sum() / len(target)),
+                "dead": int(self.dead_neurons.sum()),
+                "lr": self._lr,
+            }
+        )
+        return self.history[-1]
 
     def checkpoint_or_warn(self, name: str) -> None:
         """Saves a checkpoint; one that cannot be written is no reason to lose the run."""
@@ -141,63 +178,58 @@ class TranscoderTrainer(SAETrainer[Any, Any]):
         base_path: Path | str | None = None,
         wandb_aliases: list[str] | None = None,
     ) -> None:
-        """Writes a checkpoint under a temporary name, and renames it when it is complete.
+        """Writes a checkpoint that appears when it is complete.
 
         Raises:
-            OSError: it could not be written, for want of room for instance. Earlier ones are kept.
+            OSError: it could not be written. Earlier ones are kept.
         """
         base = base_path if base_path is not None else self.cfg.checkpoint_path
         if base is None:
             super().save_checkpoint(checkpoint_name, None, wandb_aliases)
             return
-        partial, final = Path(base) / f"{PARTIAL}{checkpoint_name}", Path(base) / checkpoint_name
-        try:
+        with whole_or_not_there(Path(base) / checkpoint_name, self.n_checkpoints_kept) as partial:
             super().save_checkpoint(partial.name, base, wandb_aliases)
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-        except (OSError, RuntimeError, SafetensorError) as e:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise OSError(
-                f"Could not write the checkpoint {final}: {e}. "
-                f"The last complete one is {self.last_checkpoint or 'not there'}."
-            ) from e
-        for old in complete_checkpoints(base)[: -self.n_checkpoints_kept]:
-            shutil.rmtree(old, ignore_errors=True)
 
     @override
     def load_trainer_state(self, checkpoint_path: Path | str) -> None:
         super().load_trainer_state(checkpoint_path)
         self.checkpoint_thresholds = [t for t in self.checkpoint_thresholds if t > self.n_training_samples]
 
-    @contextmanager
-    def stopping_on_signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM stop the run after the step it is in; a second one stops it at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def stop(*_: Any) -> None:
-            if self.stop_requested:
-                raise KeyboardInterrupt
-            self.stop_requested = True
-            logger.warning("Stopping after this step; once more stops at once, without saving.")
-
-        previous = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for signal_number, handler in previous.items():
-                signal.signal(signal_number, handler)
-
 
 def complete_checkpoints(folder: str | Path | None) -> list[Path]:
-    """The checkpoints in `folder` that were written to the end, oldest first."""
+    """The checkpoints in `folder`, of one layer or of several, that were written to the end; oldest first."""
     if folder is None or not Path(folder).is_dir():
         return []
     tokens = {
         path: int(name[1])
         for path in Path(folder).iterdir()
         if (name := re.fullmatch("(?:final_)?([0-9]+)", path.name))
-        and all((path / file).is_file() for file in (TRAINER_STATE_FILENAME, RUNNER_CFG_FILENAME))
+        and (path / RUNNER_CFG_FILENAME).is_file()
+        and any(any(path.glob(f"{layer}{TRAINER_STATE_FILENAME}")) for layer in ("", "*/"))
     }
     return sorted(tokens, key=tokens.__getitem__)
+
+
+@contextmanager
+def whole_or_not_there(final: Path, keep: int) -> Iterator[Path]:
+    """A folder to write a checkpoint to, which gets its name when it is complete.
+
+    The last `keep` complete ones beside it stay.
+
+    Raises:
+        OSError: it could not be written, for want of room for instance. Earlier ones are kept.
+    """
+    partial = final.with_name(f"{PARTIAL}{final.name}")
+    try:
+        yield partial
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+    except (OSError, RuntimeError, SafetensorError) as e:
+        shutil.rmtree(partial, ignore_errors=True)
+        last = complete_checkpoints(final.parent)
+        raise OSError(
+            f"Could not write the checkpoint {final}: {e}. "
+            f"The last complete one is {last[-1] if last else 'not there'}."
+        ) from e
+    for old in complete_checkpoints(final.parent)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
