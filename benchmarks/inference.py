@@ -23,7 +23,7 @@ from sae_lens.saes.sae import SAEMetadata
 
 from mxd_lens import MxD, MxDConfig, load_model, matched_n_experts, replacement_hooks
 from mxd_lens.evals.faithfulness import decompose
-from mxd_lens.hooks import paired_hooks
+from mxd_lens.hooks import hook_names, paired_hooks
 from mxd_lens.models import SMOLLM2
 
 CONTEXT = 128
@@ -40,7 +40,9 @@ def contestants(model: Any, mxd: MxD, tokens: torch.Tensor) -> dict[str, Callabl
         "unmodified": lambda: model(tokens),
         "attached by SAELens": lambda: model.run_with_saes(tokens, saes=[mxd]),
         "replacement_hooks": lambda: model.run_with_hooks(tokens, fwd_hooks=replacement_hooks(mxd)),
-        "values and indices": lambda: model.run_with_hooks(tokens, fwd_hooks=paired_hooks(mxd, sparse)),
+        "values and indices": lambda: model.run_with_hooks(
+            tokens, fwd_hooks=paired_hooks(*hook_names(mxd), sparse)
+        ),
     }
 
 

@@ -33,17 +33,16 @@ def replacement_hooks(sae: SAE[Any]) -> list[Hook]:
     Raises:
         ValueError: the layer's metadata names no hook; when run, if the input's hook did not fire.
     """
-    return paired_hooks(sae, lambda x, _y: sae(x))
+    return paired_hooks(*hook_names(sae), lambda x, _y: sae(x))
 
 
-def paired_hooks(sae: SAE[Any], replacement: Replacement) -> list[Hook]:
+def paired_hooks(hook_in: str, hook_out: str, replacement: Replacement) -> list[Hook]:
     """Forward hooks that put replacement(x, y) in the place of y, the activation at the output hook.
 
     Args:
-        sae: its metadata names the hooks of x and of y; for an ordinary SAE they are one.
+        hook_in, hook_out: the hook points of x and of y; for an ordinary SAE they are one.
         replacement: called with x and y at every forward pass.
     """
-    hook_in, hook_out = hook_names(sae)
     if hook_in == hook_out:
         return [(_filter(hook_in), lambda y, hook: replacement(y, y))]  # noqa: ARG005
     captured: list[Tensor] = []

@@ -16,6 +16,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from test_attach import random_mxd
 
 from mxd_lens import FaithfulnessReport, evaluate, load_model
+from mxd_lens.evals.faithfulness import evaluate_all
 
 BOS = 1
 
@@ -237,3 +238,17 @@ def test_a_bridge_gives_the_same_numbers(tiny_model, tiny_folder, tokens):
     for name, value in ours.items():
         if isinstance(value, float):
             assert theirs[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
+def test_many_layers_are_judged_as_each_alone(tiny_model, tokens):
+    """With one pass of the unmodified model, and one of the zero-ablated one for each MLP."""
+    saes = {kind: layer(kind) for kind in ("mxd", "skip transcoder")}
+    saes["skip transcoder"].cfg.metadata.exclude_special_tokens = True
+    saes["all tokens"] = layer("mxd")
+    saes["all tokens"].cfg.metadata.exclude_special_tokens = False
+    alone = {name: evaluate(sae, tiny_model, tokens, progress=False) for name, sae in saes.items()}
+    passes = []
+    tiny_model.blocks[0].register_forward_hook(lambda *_: passes.append(1))
+    assert evaluate_all(saes, tiny_model, tokens, progress=False) == alone
+    assert len(passes) == 1 + 2 + 3 * 3
+    assert alone["all tokens"].n_tokens > alone["mxd"].n_tokens

@@ -205,6 +205,34 @@ class PairedTranscoder(Transcoder):
         if self.unit_rows:
             self.W_dec.div_(self.get_W_dec_norm().unsqueeze(-1).to(self.W_dec.dtype))
 
+    @torch.no_grad()
+    def fold_standardization(
+        self,
+        mean: Float[Tensor, " d_in"],
+        scale: Float[Tensor, ""],
+        target_scale: Float[Tensor, ""],
+    ) -> None:
+        """Turns a layer for ((x - mean) / scale, y / target_scale) into the same one for (x, y)."""
+        self.fold_input_scale(self.W_enc, self.b_enc, mean, scale)
+        self.scaled_output.mul_(target_scale)
+        self.b_dec.mul_(target_scale)
+
+    @property
+    def scaled_output(self) -> nn.Parameter:
+        """The weight whose scale is that of the output."""
+        return self.W_dec
+
+    @staticmethod
+    def fold_input_scale(
+        weight: Float[Tensor, "d_in width"],
+        bias: Float[Tensor, " width"],
+        mean: Float[Tensor, " d_in"],
+        scale: Float[Tensor, ""],
+    ) -> None:
+        """x W + b, made from ((x - mean) / scale) W + b, in place."""
+        weight.div_(scale)
+        bias.copy_(bias.double() - mean.double() @ weight.double())
+
     def check_input(self, x: Tensor) -> None:
         """Raises ValueError if x cannot be this layer's input."""
         if x.shape[-1] != self.cfg.d_in:

@@ -110,6 +110,24 @@ class MxD(PairedTranscoder):
             self.b_hidden_gate = self.new_parameter(cfg.d_hidden)
         self.W_out = self.new_parameter(cfg.d_hidden, cfg.d_out)
 
+    @override
+    def fold_standardization(
+        self,
+        mean: Float[Tensor, " d_in"],
+        scale: Float[Tensor, ""],
+        target_scale: Float[Tensor, ""],
+    ) -> None:
+        super().fold_standardization(mean, scale, target_scale)
+        with torch.no_grad():
+            self.fold_input_scale(self.W_hidden, self.b_hidden, mean, scale)
+            if self.cfg.gated:
+                self.fold_input_scale(self.W_hidden_gate, self.b_hidden_gate, mean, scale)
+
+    @property
+    @override
+    def scaled_output(self) -> nn.Parameter:
+        return self.W_out
+
     def hidden(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_hidden"]:
         """z, the hidden units of the decoder branch."""
         phi = HIDDEN_ACTIVATIONS[self.cfg.hidden_activation]

@@ -6,13 +6,11 @@ have to spend anything on it. Not in the paper; names and formulas otherwise as 
 
 from dataclasses import dataclass
 
-from jaxtyping import Float
-from sae_lens.saes.transcoder import SkipTranscoder
-from torch import Tensor
 from typing_extensions import override
 
 from mxd_lens.architectures.base import TrainingPairedTranscoder, TrainingPairedTranscoderConfig
 from mxd_lens.architectures.mxd import MxD, MxDConfig
+from mxd_lens.architectures.skip import WithSkip
 
 
 @dataclass(kw_only=True)
@@ -25,7 +23,7 @@ class SkipMxDConfig(MxDConfig):
         return "skip_mxd"
 
 
-class SkipMxD(MxD, SkipTranscoder):
+class SkipMxD(WithSkip, MxD):
     """Mixture of Decoders with a linear skip: y = (C^T a) * (D^T z) + W_skip x + b.
 
     Parameters: those of `MxD`, and W_skip [d_out, d_in] as SAELens', zero at the start.
@@ -33,13 +31,6 @@ class SkipMxD(MxD, SkipTranscoder):
     """
 
     cfg: SkipMxDConfig
-
-    @override
-    def mix(
-        self, mixture: Float[Tensor, "*batch d_out"], x: Float[Tensor, "*batch d_in"]
-    ) -> Float[Tensor, "*batch d_out"]:
-        """(C^T a) * (D^T z) + W_skip x + b."""
-        return super().mix(mixture, x) + x @ self.W_skip.T
 
 
 @dataclass(kw_only=True)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from mxd_lens.architectures.base import PairedTranscoder
-from mxd_lens.hooks import Replacement, check_fits, hook_names, paired_hooks
+from mxd_lens.hooks import Hook, Replacement, check_fits, hook_names, paired_hooks
 from mxd_lens.sparse import sparse_decode
 from mxd_lens.training.activations import special_token_ids
 
@@ -125,7 +125,6 @@ class FaithfulnessReport:
         return table
 
 
-@torch.no_grad()
 def evaluate(
     sae: SAE[Any],
     model: Any,
@@ -153,72 +152,66 @@ def evaluate(
         ValueError: the layer was trained on another model or on hooks this one lacks, or there are no
             tokens to judge.
     """
-    check_fits(sae, model)
+    (report,) = evaluate_all({"": sae}, model, tokens, batch_size, progress).values()
+    return report
+
+
+@torch.no_grad()
+def evaluate_all(
+    saes: Mapping[str, SAE[Any]],
+    model: Any,
+    tokens: Int[Tensor, "sequences positions"],
+    batch_size: int = 8,
+    progress: bool = True,
+) -> dict[str, FaithfulnessReport]:
+    """Judges several layers, each for itself, as `evaluate` does.
+
+    The unmodified model runs once for all of them, the zero-ablated one once for each MLP.
+
+    Args:
+        saes: the layers by name.
+        model, tokens, batch_size, progress: as for `evaluate`.
+
+    Returns:
+        The reports by the layers' names.
+    """
+    for sae in saes.values():
+        check_fits(sae, model)
     if tokens.ndim != 2 or tokens.shape[1] < 2 or tokens.is_floating_point():
         raise ValueError(f"tokens must be ids [sequences, positions > 1], got {tuple(tokens.shape)}.")
-    excluded = torch.tensor(special_token_ids(model, sae.cfg.metadata.exclude_special_tokens))
-    kept = ~torch.isin(tokens, excluded.to(tokens))
-    if not kept[:, :-1].any():
-        raise ValueError("There are no tokens to judge: all are special tokens, which are excluded.")
-
+    places = {Place.of(sae, model, tokens) for sae in saes.values()}
+    layers = {name: Layer(sae, Place.of(sae, model, tokens)) for name, sae in saes.items()}
+    unmodified, zero = ({place: Judged() for place in places} for _ in range(2))
     batches = [slice(i, i + batch_size) for i in range(0, len(tokens), batch_size)]
-    with tqdm(total=5 * len(batches), desc="Evaluating", disable=not progress) as bar:
+    passes = 1 + len(places) + 3 * len(layers)
+    with tqdm(total=passes * len(batches), desc="Evaluating", disable=not progress) as bar:
+        for batch in batches:
+            run = Run(model, tokens[batch])
+            logits = run.logits(
+                hook for place in places for hook in unmodified[place].hooks(run.at(place), lambda _x, y: y)
+            )
+            bar.update()
+            for place in places:
+                at = run.at(place)
+                unmodified[place].score(at, logits)
+                zero[place].add(at, lambda _x, y: torch.zeros_like(y))
+                bar.update()
+            for layer in layers.values():
+                layer.replaced.add(run.at(layer.place), layer.experts.counting(run.at(layer.place)), logits)
+                bar.update()
         # The mean gate needs the mean of C^T a over all tokens: a second round over the text.
-        replaced, zero, unmodified = Judged(), Judged(), Judged()
-        experts = Experts(sae)
         for batch in batches:
-            run = Run(sae, model, tokens[batch], kept[batch])
-            logits = unmodified.add(run, lambda _x, y: y)
-            bar.update()
-            replaced.add(run, experts.replacement(run), unmodified_logits=logits)
-            bar.update()
-            zero.add(run, lambda _x, y: torch.zeros_like(y))
-            bar.update()
-        mean_gate, shuffled_gate = Judged(), Judged()
-        for batch in batches:
-            run = Run(sae, model, tokens[batch], kept[batch])
-            mean_gate.add(run, exchange_gate(sae, lambda mixture: experts.mean.expand_as(mixture)))
-            bar.update()
-            shuffled_gate.add(run, exchange_gate(sae, run.shuffle))
-            bar.update()
-
-    norm = unmodified.norm
-    largest = norm.topk(min(N_LARGEST, len(norm))).indices
-    token_ids = tokens[kept.cpu()].cpu()
-    normalized_mse, ce_loss, ce_zero = replaced.normalized_mse, unmodified.ce_loss, zero.ce_loss
-    hook_name, hook_name_out = hook_names(sae)
-    return FaithfulnessReport(
-        normalized_mse=normalized_mse,
-        fraction_of_variance_unexplained=replaced.squared_error.sum().item() / unmodified.variance,
-        ce_loss=ce_loss,
-        ce_loss_replaced=replaced.ce_loss,
-        ce_loss_zero_ablated=ce_zero,
-        ce_loss_recovered=share(ce_zero - replaced.ce_loss, ce_zero - ce_loss),
-        kl_divergence=replaced.kl_divergence,
-        l0=experts.l0,
-        dead_fraction=1 - experts.fired.float().mean().item(),
-        normalized_mse_mean_gate=mean_gate.normalized_mse,
-        normalized_mse_shuffled_gate=shuffled_gate.normalized_mse,
-        feature_share=share(mean_gate.normalized_mse - normalized_mse, mean_gate.normalized_mse),
-        ce_loss_mean_gate=mean_gate.ce_loss,
-        ce_loss_shuffled_gate=shuffled_gate.ce_loss,
-        normalized_mse_median=replaced.ratio.median().item(),
-        largest_tokens=[
-            {
-                "token": model.tokenizer.decode([int(token_ids[i])]),
-                "norm": norm[i].item(),
-                "normalized_mse": replaced.ratio[i].item(),
-                "share_of_squared_norm": (norm[i].pow(2) / norm.pow(2).sum()).item(),
-            }
-            for i in largest.tolist()
-        ],
-        n_tokens=int(kept.sum()),
-        n_experts=sae.cfg.d_sae,
-        n_parameters=sum(p.numel() for p in sae.parameters()),
-        model_name=model.cfg.model_name,
-        hook_name=hook_name,
-        hook_name_out=hook_name_out,
-    )
+            run = Run(model, tokens[batch])
+            for layer in layers.values():
+                at, sae, mean = run.at(layer.place), layer.sae, layer.experts.mean
+                layer.mean_gate.add(at, exchange_gate(sae, mean.expand_as))
+                bar.update()
+                layer.shuffled_gate.add(at, exchange_gate(sae, at.shuffle))
+                bar.update()
+    return {
+        name: layer.report(model, tokens, unmodified[layer.place], zero[layer.place])
+        for name, layer in layers.items()
+    }
 
 
 def share(part: float, whole: float) -> float:
@@ -226,28 +219,57 @@ def share(part: float, whole: float) -> float:
     return part / whole if whole else math.nan
 
 
-class Run:
-    """One batch of sequences, and what is needed to run it with something in the MLP's place."""
+@dataclass(frozen=True)
+class Place:
+    """Where layers belong: their hook points, and the token ids left as they are."""
 
-    def __init__(
-        self,
-        sae: SAE[Any],
-        model: Any,
-        tokens: Int[Tensor, "sequences positions"],
-        kept: Bool[Tensor, "sequences positions"],
-    ) -> None:
-        self.sae = sae
+    hook_name: str
+    hook_name_out: str
+    excluded: tuple[int, ...]
+
+    @classmethod
+    def of(cls, sae: SAE[Any], model: Any, tokens: Int[Tensor, "sequences positions"]) -> "Place":
+        """Raises ValueError where no token is left to judge."""
+        excluded = special_token_ids(model, sae.cfg.metadata.exclude_special_tokens)
+        place = cls(*hook_names(sae), tuple(excluded))
+        if not place.kept(tokens)[:, :-1].any():
+            raise ValueError("There are no tokens to judge: all are special tokens, which are excluded.")
+        return place
+
+    def kept(self, tokens: Int[Tensor, "sequences positions"]) -> Bool[Tensor, "sequences positions"]:
+        """Which tokens are replaced and counted."""
+        return ~torch.isin(tokens, torch.tensor(self.excluded).to(tokens))
+
+
+class Run:
+    """One batch of sequences."""
+
+    def __init__(self, model: Any, tokens: Int[Tensor, "sequences positions"]) -> None:
         self.model = model
         self.tokens = tokens
-        self.kept = kept.to(sae.device)
 
-    def logits(self, replacement: Replacement) -> Float[Tensor, "sequences positions vocabulary"]:
-        """The model's logits with `replacement` at the kept tokens."""
+    def at(self, place: Place) -> "RunAt":
+        return RunAt(self, place)
+
+    def logits(self, hooks: Iterable[Hook]) -> Float[Tensor, "sequences positions vocabulary"]:
+        return self.model.run_with_hooks(self.tokens, fwd_hooks=list(hooks))
+
+
+class RunAt:
+    """One batch of sequences, and what is needed to run it with something in one MLP's place."""
+
+    def __init__(self, run: Run, place: Place) -> None:
+        self.run = run
+        self.place = place
+        self.kept = place.kept(run.tokens)
+
+    def hooks(self, replacement: Replacement) -> list[Hook]:
+        """The hooks that put `replacement` in the MLP's place at the kept tokens."""
 
         def replace(x: Tensor, y: Tensor) -> Tensor:
-            return torch.where(self.kept.unsqueeze(-1), replacement(x, y).to(y.dtype), y)
+            return torch.where(self.kept.unsqueeze(-1).to(y.device), replacement(x, y).to(y.dtype), y)
 
-        return self.model.run_with_hooks(self.tokens, fwd_hooks=paired_hooks(self.sae, replace))
+        return paired_hooks(self.place.hook_name, self.place.hook_name_out, replace)
 
     def shuffle(self, mixture: Float[Tensor, "sequences positions d_out"]) -> Tensor:
         """Every kept token gets the row of another kept token of its sequence."""
@@ -269,30 +291,39 @@ class Judged:
         self._sum: Tensor | float = 0.0
         self._tokens = 0
 
-    def add(
-        self, run: Run, replacement: Replacement, unmodified_logits: Tensor | None = None
-    ) -> Float[Tensor, "sequences positions vocabulary"]:
-        """Runs a batch with `replacement`; returns the logits."""
+    def add(self, at: RunAt, replacement: Replacement, unmodified_logits: Tensor | None = None) -> None:
+        """Runs a batch with `replacement` and judges it."""
+        self.score(at, at.run.logits(self.hooks(at, replacement)), unmodified_logits)
+
+    def hooks(self, at: RunAt, replacement: Replacement) -> list[Hook]:
+        """The hooks that put `replacement` in the MLP's place and measure its error there."""
 
         def measured(x: Tensor, y: Tensor) -> Tensor:
             y_hat = replacement(x, y)
-            target = y[run.kept].double()
-            self._squared_error.append((y_hat[run.kept].double() - target).pow(2).sum(-1).cpu())
+            target = y[at.kept].double()
+            self._squared_error.append((y_hat[at.kept].double() - target).pow(2).sum(-1).cpu())
             self._squared_norm.append(target.pow(2).sum(-1).cpu())
             self._sum = self._sum + target.sum(0).cpu()
             self._tokens += len(target)
             return y_hat
 
-        logits = run.logits(measured)
-        predicting = run.kept[:, :-1]
+        return at.hooks(measured)
+
+    def score(
+        self,
+        at: RunAt,
+        logits: Float[Tensor, "sequences positions vocabulary"],
+        unmodified_logits: Float[Tensor, "sequences positions vocabulary"] | None = None,
+    ) -> None:
+        """Judges the predictions made at the kept tokens."""
+        predicting = at.kept[:, :-1]
         log_probabilities = F.log_softmax(logits[:, :-1][predicting].float(), dim=-1)
-        targets = run.tokens[:, 1:].to(predicting.device)[predicting]
+        targets = at.run.tokens[:, 1:][predicting].to(log_probabilities.device)
         self._losses.append(F.nll_loss(log_probabilities, targets, reduction="none").cpu())
         if unmodified_logits is not None:
             unmodified = F.log_softmax(unmodified_logits[:, :-1][predicting].float(), dim=-1)
             divergence = F.kl_div(log_probabilities, unmodified, reduction="none", log_target=True)
             self._divergences.append(divergence.sum(-1).cpu())
-        return logits
 
     @property
     def squared_error(self) -> Float[Tensor, " tokens"]:
@@ -336,15 +367,16 @@ class Experts:
         self._tokens = 0
         self._sum: Tensor | float = 0.0
 
-    def replacement(self, run: Run) -> Replacement:
+    def counting(self, at: RunAt) -> Replacement:
         """The layer itself, with the experts counted at the kept tokens."""
 
         def replace(x: Tensor, _y: Tensor) -> Tensor:
             mixture, fired, output = decompose(self.sae, x)
-            self._sum = self._sum + mixture[run.kept].double().sum(0)
-            self._tokens += int(run.kept.sum())
+            kept = at.kept.to(mixture.device)
+            self._sum = self._sum + mixture[kept].double().sum(0)
+            self._tokens += int(kept.sum())
             token_of, expert = fired
-            fired_at_kept = run.kept.flatten()[token_of]
+            fired_at_kept = kept.flatten()[token_of]
             self._active += int(fired_at_kept.sum())
             self.fired[expert[fired_at_kept]] = True
             return output(mixture)
@@ -359,6 +391,62 @@ class Experts:
     @property
     def l0(self) -> float:
         return self._active / self._tokens
+
+
+class Layer:
+    """A layer being judged."""
+
+    def __init__(self, sae: SAE[Any], place: Place) -> None:
+        self.sae = sae
+        self.place = place
+        self.experts = Experts(sae)
+        self.replaced, self.mean_gate, self.shuffled_gate = Judged(), Judged(), Judged()
+
+    def report(
+        self,
+        model: Any,
+        tokens: Int[Tensor, "sequences positions"],
+        unmodified: Judged,
+        zero: Judged,
+    ) -> FaithfulnessReport:
+        """The numbers, once all batches have been added."""
+        norm, ratio = unmodified.norm, self.replaced.ratio
+        kept = self.place.kept(tokens).cpu()
+        token_ids = tokens.cpu()[kept]
+        normalized_mse, mean_gate = self.replaced.normalized_mse, self.mean_gate.normalized_mse
+        ce_loss, ce_replaced, ce_zero = unmodified.ce_loss, self.replaced.ce_loss, zero.ce_loss
+        return FaithfulnessReport(
+            normalized_mse=normalized_mse,
+            fraction_of_variance_unexplained=self.replaced.squared_error.sum().item() / unmodified.variance,
+            ce_loss=ce_loss,
+            ce_loss_replaced=ce_replaced,
+            ce_loss_zero_ablated=ce_zero,
+            ce_loss_recovered=share(ce_zero - ce_replaced, ce_zero - ce_loss),
+            kl_divergence=self.replaced.kl_divergence,
+            l0=self.experts.l0,
+            dead_fraction=1 - self.experts.fired.float().mean().item(),
+            normalized_mse_mean_gate=mean_gate,
+            normalized_mse_shuffled_gate=self.shuffled_gate.normalized_mse,
+            feature_share=share(mean_gate - normalized_mse, mean_gate),
+            ce_loss_mean_gate=self.mean_gate.ce_loss,
+            ce_loss_shuffled_gate=self.shuffled_gate.ce_loss,
+            normalized_mse_median=ratio.median().item(),
+            largest_tokens=[
+                {
+                    "token": model.tokenizer.decode([int(token_ids[i])]),
+                    "norm": norm[i].item(),
+                    "normalized_mse": ratio[i].item(),
+                    "share_of_squared_norm": (norm[i].pow(2) / norm.pow(2).sum()).item(),
+                }
+                for i in norm.topk(min(N_LARGEST, len(norm))).indices.tolist()
+            ],
+            n_tokens=int(kept.sum()),
+            n_experts=self.sae.cfg.d_sae,
+            n_parameters=sum(p.numel() for p in self.sae.parameters()),
+            model_name=model.cfg.model_name,
+            hook_name=self.place.hook_name,
+            hook_name_out=self.place.hook_name_out,
+        )
 
 
 Fired = tuple[Int[Tensor, " fired"], ...]

@@ -51,6 +51,7 @@ OF_ONE_LAYER = {
     "adam_beta1",
     "adam_beta2",
     "dead_feature_window",
+    "standardize_activations",
     "seed",
     "from_pretrained_path",
     *WHERE_NOT_WHAT,
@@ -135,6 +136,7 @@ class MultiTranscoderTrainer(MultiSAETrainer):
                     raise TrainingInterrupted(self.last_checkpoint)
         self._maybe_log_sparsity(final=True)
         for trainer in self.trainers.values():
+            trainer.fold_scaling()
             trainer.set_final_sae_metadata()
         return self.saes
 
@@ -301,6 +303,13 @@ class MultiTranscoderTrainingRunner:
         """The first config, once it is certain that the others agree with it."""
         if not self.cfgs:
             raise ValueError("There is no layer to train.")
+        for name, cfg in self.cfgs.items():
+            if cfg.sae.normalize_activations in ("expected_average_only_in", "covariance_whitening"):
+                raise ValueError(
+                    f"{name} has normalize_activations = {cfg.sae.normalize_activations!r}, which SAELens "
+                    "estimates on batches that the other layers would then miss: use "
+                    "standardize_activations."
+                )
         (first_name, first), *others = self.cfgs.items()
         for name, cfg in others:
             differing = [

@@ -30,6 +30,7 @@ from typing_extensions import override
 from mxd_lens.architectures.base import TrainingPairedTranscoder, TrainingPairedTranscoderConfig
 from mxd_lens.models import load_model
 from mxd_lens.training.activations import PairedActivationsStore
+from mxd_lens.training.standardizer import FirstBatchScaler, Standardizer
 from mxd_lens.training.trainer import PARTIAL, TranscoderTrainer, complete_checkpoints
 
 HISTORY_FILENAME = "history.json"
@@ -109,6 +110,9 @@ class TranscoderRunnerConfig(LanguageModelSAERunnerConfig[TrainingSAEConfig]):
     lr: float = 4e-4
     lr_warm_up_steps: int = 5000
     exclude_special_tokens: bool | list[int] = True
+    standardize_activations: bool = False
+    """Train on centred inputs and on targets of unit scale, see `Standardizer` (an SAE: on activations of
+    unit scale); the layer saved is for the activations themselves. The paper's code does not."""
     dead_feature_window: int | None = None
     """Steps without firing after which an expert counts as dead. None: a tenth of the run, at most 1,000."""
     use_cached_activations: bool = False
@@ -142,6 +146,11 @@ class TranscoderRunnerConfig(LanguageModelSAERunnerConfig[TrainingSAEConfig]):
                 f"sae must be the config of a training transcoder, got {type(self.sae).__name__}."
             )
         is_transcoder = isinstance(self.sae, TrainingPairedTranscoderConfig)
+        if self.standardize_activations and self.sae.normalize_activations != "none":
+            raise ValueError(
+                "standardize_activations and sae.normalize_activations = "
+                f"{self.sae.normalize_activations!r} both scale the activations: use one."
+            )
         if self.sae.dtype == "float16":
             raise ValueError(
                 "sae.dtype is float16: Adam's epsilon is zero there, and the weights would be NaN after a "
@@ -217,6 +226,9 @@ class LayerRun:
             save_checkpoint_fn=save_checkpoint_fn,
         )
         self.trainer.n_checkpoints_kept = cfg.n_checkpoints_kept
+        if cfg.standardize_activations:
+            is_transcoder = isinstance(self.sae, TrainingPairedTranscoder)
+            self.trainer.activation_scaler = Standardizer(self.sae) if is_transcoder else FirstBatchScaler()
         metadata = self.sae.cfg.metadata
         for name in IN_METADATA:
             metadata[name] = getattr(cfg, name)

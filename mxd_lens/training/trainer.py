@@ -13,11 +13,14 @@ import torch
 from sae_lens import logger
 from sae_lens.constants import RUNNER_CFG_FILENAME, TRAINER_STATE_FILENAME
 from sae_lens.saes.sae import TrainStepOutput
+from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.sae_trainer import SAETrainer
 from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 from typing_extensions import override
+
+from mxd_lens.training.standardizer import Standardizer
 
 POINTS_IN_HISTORY = 500
 PARTIAL = ".partial-"
@@ -69,6 +72,7 @@ class TranscoderTrainer(SAETrainer[Any, Any]):
     """
 
     n_checkpoints_kept: int = 2
+    activation_scaler: ActivationScaler
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -103,6 +107,20 @@ class TranscoderTrainer(SAETrainer[Any, Any]):
                 f"Training stopped at step {self.n_training_steps}: {e} "
                 f"The last checkpoint is {self.last_checkpoint or 'not there: none was written yet'}."
             ) from e
+
+    @override
+    def fit(self) -> Any:
+        super().fit()
+        self.fold_scaling()
+        return self.sae
+
+    def fold_scaling(self) -> None:
+        """At the end: the weights take over the scale of the activations they were trained on."""
+        scaler, self.activation_scaler = self.activation_scaler, ActivationScaler()
+        if isinstance(scaler, Standardizer):
+            scaler.fold()
+        elif scaler.scaling_factor is not None:
+            self.sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
 
     def _check_gradient(self, *_: Any) -> None:
         """A finite loss can have a gradient that is not; Adam must not see it."""
