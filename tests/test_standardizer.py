@@ -77,7 +77,7 @@ def test_history_and_result_are_of_the_activations_themselves(tiny_model, text, 
     cfg = run_config(
         standardize_activations=True,
         training_tokens=1600,
-        lr=3e-3,
+        lr=1e-2,
         lr_warm_up_steps=0,
         output_path=str(tmp_path / "run"),
     )
