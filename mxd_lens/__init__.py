@@ -28,8 +28,10 @@ if TYPE_CHECKING:
         TrainingTopKTranscoder,
         TrainingTopKTranscoderConfig,
         matched_n_experts,
+        matched_n_features,
     )
     from mxd_lens.evals.faithfulness import FaithfulnessReport, evaluate
+    from mxd_lens.evals.frontier import frontier
     from mxd_lens.hooks import replacement_hooks
     from mxd_lens.models import load_model
     from mxd_lens.training.activations import PairedActivationsStore
@@ -44,6 +46,7 @@ _MODULES = (
     "training.activations",
     "training.runner",
     "evals.faithfulness",
+    "evals.frontier",
 )
 
 __all__ = [
@@ -68,8 +71,10 @@ __all__ = [
     "TranscoderRunnerConfig",
     "TranscoderTrainingRunner",
     "evaluate",
+    "frontier",
     "load_model",
     "matched_n_experts",
+    "matched_n_features",
     "replacement_hooks",
 ]
 

@@ -176,6 +176,85 @@ def evaluate(
 
 
 @app.command()
+def frontier(
+    output: Annotated[Path, typer.Argument(help="The folder to write to; an interrupted sweep goes on.")],
+    model: Model = "smollm2-135m-instruct",
+    layers: Annotated[str, typer.Option(help="Which MLPs, as 2,11,12.")] = "12",
+    k: Annotated[str, typer.Option(help="Active experts per token, as 8,32,128.")] = "8,16,32,64,128,256",
+    architectures: Annotated[str, typer.Option(help="Which architectures. Default: all.")] = "",
+    text: Text = "embedded",
+    other_text: Annotated[str, typer.Option(help="A second text to judge on.")] = "",
+    tokens: Annotated[int, typer.Option(help="Training tokens for each layer.")] = 1_000_000,
+    text_tokens: Annotated[int, typer.Option(help="How many of them are different. 0: all.")] = 0,
+    match_width: Annotated[int, typer.Option(help="Features of the transcoder to match. 0: 8 x d_in.")] = 0,
+    hidden: Annotated[int, typer.Option(help="Width of the decoder branch. 0: 4 x d_in.")] = 0,
+    seeds: Annotated[str, typer.Option(help="Seeds of the initial weights, as 0,1,2.")] = "0",
+    batch: Annotated[int, typer.Option(help="Tokens in a step.")] = 2048,
+    sequences: Annotated[int, typer.Option(help="Held-out sequences of 128 tokens of each text.")] = 32,
+    at_once: Annotated[int, typer.Option(help="Layers trained together; memory is the limit.")] = 32,
+    device: Device = "cpu",
+) -> None:
+    """Train every architecture at every K on several MLPs, judge them, and draw the frontier."""
+    from datasets import Dataset
+    from rich.console import Console
+
+    from mxd_lens import frontier, load_model
+    from mxd_lens.dashboards.frontier_page import write_frontier_page, write_frontier_png
+    from mxd_lens.evals.frontier import CONTENDERS
+    from mxd_lens.training.text import load_text, split_text, token_sequences
+
+    with errors_for_people():
+        names = architectures.split(",") if architectures else list(CONTENDERS)
+        if unknown := set(names) - CONTENDERS.keys():
+            raise ValueError(f"there is no {', '.join(unknown)}: choose from {', '.join(CONTENDERS)}.")
+        language_model = load_model(model, device)
+        train, rest = split_text(load_text(text, streaming=False))
+        held_out = {text: token_sequences(language_model, rest, sequences)}
+        if other_text:
+            _, other = split_text(load_text(other_text, streaming=False))
+            held_out[other_text] = token_sequences(language_model, other, sequences)
+        if text_tokens:
+            rows = token_sequences(language_model, train, text_tokens // 128)
+            train = Dataset.from_dict({"tokens": rows.tolist()})
+        result = frontier(
+            language_model,
+            train,
+            held_out,
+            output,
+            layers=integers(layers),
+            ks=integers(k),
+            contenders={name: CONTENDERS[name] for name in names},
+            seeds=integers(seeds),
+            transcoder_width=match_width or None,
+            d_hidden=hidden or None,
+            training_tokens=tokens,
+            batch=batch,
+            layers_at_once=at_once,
+            text_name=text,
+            run_settings={"device": device},
+        )
+        page = write_frontier_page(output / "index.html", result)
+        Console().print(result)
+        typer.echo(f"The page: {page}")
+        try:
+            for i, name in enumerate(held_out):
+                write_frontier_png(output / f"frontier-{i}.png", result, name)
+        except (ImportError, RuntimeError) as e:
+            typer.echo(f"No PNG was written ({e}).", err=True)
+        if result.failures:
+            typer.echo("Failed: " + "; ".join(f"{name}: {why}" for name, why in result.failures.items()))
+            raise typer.Exit(1)
+
+
+def integers(text: str) -> list[int]:
+    """The numbers in "1,2,3"."""
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise ValueError(f"expected numbers separated by commas, got {text!r}.") from None
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("mxd-lens-demo"),
     layer: Annotated[int, typer.Option(help="Which MLP of SmolLM2-135M.")] = 12,

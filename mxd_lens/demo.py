@@ -12,10 +12,9 @@ from mxd_lens.dashboards.run_page import read_history, write_run_page
 from mxd_lens.evals.faithfulness import FaithfulnessReport, evaluate
 from mxd_lens.models import SMOLLM2, load_model
 from mxd_lens.training.runner import TranscoderRunnerConfig, TranscoderTrainingRunner
-from mxd_lens.training.text import EMBEDDED, load_text, token_sequences
+from mxd_lens.training.text import EMBEDDED, load_text, split_text, token_sequences
 
 PROMPT = "A list is a mutable sequence. It is created with"
-HELD_OUT_ROWS = 0.1
 
 
 def run_demo(
@@ -46,9 +45,9 @@ def run_demo(
     started = time.monotonic()
     output = Path(output)
     model = load_model(model_name)
-    rows = load_text(EMBEDDED).shuffle(seed=0).train_test_split(HELD_OUT_ROWS, seed=0)
-    train = token_sequences(model, rows["train"], max(1, text_tokens // 128))
-    held_out = token_sequences(model, rows["test"], n_sequences)
+    training_rows, held_out_rows = split_text(load_text(EMBEDDED))
+    train = token_sequences(model, training_rows, max(1, text_tokens // 128))
+    held_out = token_sequences(model, held_out_rows, n_sequences)
     console.print(f"{model_name}, layer {layer}: {len(train) * 128:,} tokens of the Python documentation.")
 
     d_model = model.cfg.d_model

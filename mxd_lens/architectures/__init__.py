@@ -20,6 +20,7 @@ from mxd_lens.architectures.topk_skip_transcoder import (
     TopKSkipTranscoderConfig,
     TrainingTopKSkipTranscoder,
     TrainingTopKSkipTranscoderConfig,
+    matched_n_features,
 )
 from mxd_lens.architectures.topk_transcoder import (
     TopKTranscoder,
@@ -64,4 +65,5 @@ __all__ = [
     "TrainingTopKTranscoder",
     "TrainingTopKTranscoderConfig",
     "matched_n_experts",
+    "matched_n_features",
 ]

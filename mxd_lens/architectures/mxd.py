@@ -168,24 +168,31 @@ class TrainingMxD(TrainingPairedTranscoder, MxD):
 
 
 def matched_n_experts(
-    d_in: int, d_out: int, d_hidden: int, transcoder_width: int, gated: bool = False
+    d_in: int,
+    d_out: int,
+    d_hidden: int,
+    transcoder_width: int,
+    gated: bool = False,
+    skip: bool = False,
 ) -> int:
     """The number of experts that gives an MxD at most as many parameters as a transcoder.
 
-    N = floor(W - H - [gated] H (d_in + 1) / (d_in + d_out + 1)), from
+    N = floor(W - H - ([gated] H (d_in + 1) + [skip] d_in d_out) / (d_in + d_out + 1)), from
 
-        W (d_in + d_out + 1) + d_out = (N + H) (d_in + d_out + 1) + [gated] H (d_in + 1) + d_out
+        W (d_in + d_out + 1) + d_out
+            = (N + H) (d_in + d_out + 1) + [gated] H (d_in + 1) + [skip] d_in d_out + d_out
 
     Args:
         d_in, d_out, d_hidden: the MxD's widths.
         transcoder_width: W, the number of features of the transcoder.
         gated: whether the MxD is gated.
+        skip: whether it has a skip connection, as a `SkipMxD`.
 
     Raises:
         ValueError: the decoder branch alone is larger than the transcoder.
     """
     an_expert = d_in + d_out + 1
-    budget = (transcoder_width - d_hidden) * an_expert - gated * d_hidden * (d_in + 1)
+    budget = (transcoder_width - d_hidden) * an_expert - gated * d_hidden * (d_in + 1) - skip * d_in * d_out
     if budget < an_expert:
         raise ValueError(
             f"a transcoder of {transcoder_width} features has no room for a decoder branch of "

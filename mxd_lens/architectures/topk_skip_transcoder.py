@@ -46,3 +46,24 @@ class TrainingTopKSkipTranscoder(TrainingPairedTranscoder, TopKSkipTranscoder):
     """A `TopKSkipTranscoder` in training."""
 
     cfg: TrainingTopKSkipTranscoderConfig
+
+
+def matched_n_features(d_in: int, d_out: int, transcoder_width: int) -> int:
+    """The number of features that gives a skip transcoder at most as many parameters as a transcoder.
+
+    floor(W - d_in d_out / (d_in + d_out + 1)), from
+
+        W (d_in + d_out + 1) + d_out = n (d_in + d_out + 1) + d_in d_out + d_out
+
+    Args:
+        d_in, d_out: the widths.
+        transcoder_width: W, the number of features of the plain transcoder.
+
+    Raises:
+        ValueError: the skip connection alone is larger than the transcoder.
+    """
+    a_feature = d_in + d_out + 1
+    budget = transcoder_width * a_feature - d_in * d_out
+    if budget < a_feature:
+        raise ValueError(f"a transcoder of {transcoder_width} features has no room for a skip connection.")
+    return budget // a_feature

@@ -12,33 +12,11 @@ from textwrap import dedent
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from mxd_lens.dashboards.page import BLUE, GREY, ORANGE, RED, style, write_page
 from mxd_lens.evals.faithfulness import FaithfulnessReport
 from mxd_lens.training.runner import HISTORY_FILENAME
 
 HISTORY = Sequence[dict[str, float]]
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #1d2430; --soft: #5b6573; --line: #d8dde5; --page: #fff; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e9ef; --soft: #9aa5b5; --line: #363e4b; --page: #14181f; }
-}
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page);
-       max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-p.lead { color: var(--soft); margin-top: .3rem; }
-table { border-collapse: collapse; width: 100%; font-size: .92rem; }
-td, th { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: left;
-         vertical-align: top; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-td.soft { color: var(--soft); }
-.continuation { border-left: 3px solid var(--line); padding: .1rem 1rem; margin: .8rem 0;
-                white-space: pre-wrap; overflow-wrap: anywhere; }
-.continuation b { display: block; font-size: .85rem; color: var(--soft); }
-.wide { overflow-x: auto; }
-"""
-
-# Grey reads on white and on near-black alike: the figures need no second version for the dark page.
-GREY, BLUE, ORANGE, GREEN, RED = "#808896", "#3b82c4", "#e08a2e", "#3a9d6a", "#c8553d"
 
 
 def write_run_page(
@@ -60,10 +38,6 @@ def write_run_page(
         notes: further facts about the run, by name.
     """
     figures = [training_figure(history), report_figure(report)] if history else [report_figure(report)]
-    plots = "\n".join(
-        f'<div class="wide">{figure.to_html(full_html=False, include_plotlyjs=first, config=CONFIG)}</div>'
-        for figure, first in zip(figures, [True, False], strict=False)
-    )
     texts = "\n".join(
         f'<div class="continuation"><b>{escape(name)}</b>{escape(text)}</div>'
         for name, text in (continuations or {}).items()
@@ -71,42 +45,18 @@ def write_run_page(
     facts = "\n".join(
         f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in (notes or {}).items()
     )
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{escape(title)}</title><style>{STYLE}</style></head><body>
-<h1>{escape(title)}</h1>
-<p class="lead">{escape(report.model_name)}, {escape(report.hook_name)} &rarr; {escape(report.hook_name_out)};
-{report.n_experts:,} experts, {report.n_parameters:,} parameters;
-judged on {report.n_tokens:,} held-out tokens.</p>
-{plots}
-{f"<h2>The model goes on</h2>{texts}" if texts else ""}
-<h2>Every number</h2>
-<div class="wide"><table>{report_rows(report)}</table></div>
-{f'<h2>The run</h2><div class="wide"><table>{facts}</table></div>' if facts else ""}
-</body></html>
-"""
-    path = Path(path)
-    path.write_text(page, encoding="utf-8")
-    return path
-
-
-CONFIG = {"displaylogo": False, "responsive": True}
-
-
-def style(figure: go.Figure, height: int) -> go.Figure:
-    """The look shared by the page's figures."""
-    figure.update_layout(
-        height=height,
-        margin={"l": 60, "r": 20, "t": 50, "b": 45},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        font={"color": GREY, "size": 13},
-        showlegend=False,
-        modebar={"bgcolor": "rgba(0,0,0,0)", "color": GREY},
+    return write_page(
+        path,
+        title,
+        f"{report.model_name}, {report.hook_name} \u2192 {report.hook_name_out}; {report.n_experts:,} "
+        f"experts, {report.n_parameters:,} parameters; judged on {report.n_tokens:,} held-out tokens.",
+        [
+            *figures,
+            f"<h2>The model goes on</h2>{texts}" if texts else "",
+            f'<h2>Every number</h2><div class="wide"><table>{report_rows(report)}</table></div>',
+            f'<h2>The run</h2><div class="wide"><table>{facts}</table></div>' if facts else "",
+        ],
     )
-    figure.update_xaxes(gridcolor="rgba(128,136,150,0.2)", zeroline=False)
-    figure.update_yaxes(gridcolor="rgba(128,136,150,0.2)", zeroline=False)
-    return figure
 
 
 def training_figure(history: HISTORY) -> go.Figure:

@@ -118,6 +118,7 @@ class PairedActivationsStore(ActivationsStore):
         cfg: "TranscoderRunnerConfig",
         override_dataset: HfDataset | None = None,
         beside: Iterable["TranscoderRunnerConfig"] = (),
+        seed: int | None = None,
     ) -> Self:
         """The store of a run.
 
@@ -126,6 +127,7 @@ class PairedActivationsStore(ActivationsStore):
             cfg: says which text, how it is tokenised and mixed, and which hooks.
             override_dataset: used instead of cfg.dataset_path.
             beside: runs whose hooks are captured in the same forward pass.
+            seed: of the order of tokens. Default: cfg.seed.
 
         Raises:
             ValueError: the model has no such hook point, or there is no text.
@@ -174,7 +176,7 @@ class PairedActivationsStore(ActivationsStore):
             store.n_batches_in_buffer * store.training_context_size,
             store.train_batch_size_tokens,
             store.activations_mixing_fraction,
-            cfg.seed,
+            cfg.seed if seed is None else seed,
         )
         store._epoch = store._llm_batch = store._sequences_read = store._rows_in_epoch = 0
         store.check_widths(runs)

@@ -1,7 +1,7 @@
 """Training many layers on one stream of activations: one language-model forward pass feeds them all."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -208,8 +208,7 @@ class MultiTranscoderTrainingRunner:
 
     The language model runs once for all: its forward pass captures every hook point that any of the
     layers needs, and each is trained on the same tokens in the same order, with an optimiser and a
-    schedule of its own. Trained alone, with the first one's seed for the order of tokens, a layer ends
-    with the same weights.
+    schedule of its own. Trained alone, in the same order of tokens, a layer ends with the same weights.
 
         runner = MultiTranscoderTrainingRunner({"k8": cfg_8, "k32": cfg_32})
         layers = runner.run()      # those that did not fail; runner.failures says why the others did
@@ -225,6 +224,8 @@ class MultiTranscoderTrainingRunner:
         resume: bool = False,
         override_dataset: HfDataset | None = None,
         override_model: Any | None = None,
+        beside: Iterable[TranscoderRunnerConfig] = (),
+        order_seed: int | None = None,
     ) -> None:
         """Loads the model and opens the text; everything that can be refused is refused here.
 
@@ -235,6 +236,8 @@ class MultiTranscoderTrainingRunner:
             resume: go on from the newest checkpoint there, if there is one.
             override_dataset: used instead of dataset_path.
             override_model: used instead of loading model_name.
+            beside: runs whose activations are captured as well, for a cache that serves them later.
+            order_seed: of the order of tokens. Default: the first config's seed.
 
         Raises:
             ValueError: there are no layers, they differ in what they must share, a hook or a width
@@ -249,7 +252,7 @@ class MultiTranscoderTrainingRunner:
         saved = self._saved_state(checkpoint_path)
         self.model = override_model or load_model(first.model_name, first.llm_device or "cpu")
         self.activations_store = PairedActivationsStore.from_config(
-            self.model, first, override_dataset, beside=self.cfgs.values()
+            self.model, first, override_dataset, (*self.cfgs.values(), *beside), order_seed
         )
         failed = saved.get("failures", {})
         self.runs = {name: LayerRun(cfg, iter(())) for name, cfg in self.cfgs.items() if name not in failed}

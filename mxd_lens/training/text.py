@@ -55,6 +55,12 @@ def load_text(source: str | Path, streaming: bool = True) -> Dataset | IterableD
     return Dataset.from_dict({"text": texts})
 
 
+def split_text(text: Dataset, held_out: float = 0.1) -> tuple[Dataset, Dataset]:
+    """The rows to train on and those to judge on, shuffled; the same ones at every call."""
+    rows = text.shuffle(seed=0).train_test_split(held_out, seed=0)
+    return rows["train"], rows["test"]
+
+
 def token_sequences(
     model: Any,
     text: Dataset | IterableDataset,

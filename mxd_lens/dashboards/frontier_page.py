@@ -1,0 +1,172 @@
+"""The page about a frontier: errors and cross-entropies against K, an architecture a line."""
+
+from collections.abc import Callable
+from html import escape
+from pathlib import Path
+from statistics import mean
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from mxd_lens.dashboards.page import BLUE, GREEN, GREY, ORANGE, RED, style, write_page
+from mxd_lens.evals.faithfulness import FaithfulnessReport
+from mxd_lens.evals.frontier import Frontier
+
+COLOURS = (BLUE, GREEN, ORANGE, RED, "#8d6cab", "#4aa8a8", "#b08d3c", GREY)
+Quantity = Callable[[FaithfulnessReport], float]
+
+DASHES: dict[str, tuple[str, Quantity, Quantity]] = {
+    "the layer": (
+        "solid",
+        lambda r: r.normalized_mse,
+        lambda r: r.ce_loss_replaced - r.ce_loss,
+    ),
+    "mean gate": (
+        "dash",
+        lambda r: r.normalized_mse_mean_gate,
+        lambda r: r.ce_loss_mean_gate - r.ce_loss,
+    ),
+    "shuffled gate": (
+        "dot",
+        lambda r: r.normalized_mse_shuffled_gate,
+        lambda r: r.ce_loss_shuffled_gate - r.ce_loss,
+    ),
+}
+
+
+def write_frontier_page(path: str | Path, frontier: Frontier) -> Path:
+    """Writes the page; the PNG of every figure is `write_frontier_png`'s."""
+    settings = frontier.settings
+    parts: list[str | go.Figure] = []
+    for text in frontier.texts:
+        n_tokens = max((p.reports[text].n_tokens for p in frontier.points if text in p.reports), default=0)
+        parts += [
+            f"<h2>Held-out text: {escape(text)}, {n_tokens:,} tokens</h2>",
+            frontier_figure(frontier, text),
+            f'<div class="wide"><table>{rows_of(frontier, text)}</table></div>',
+        ]
+    if frontier.failures:
+        failed = "".join(
+            f"<tr><td>{escape(name)}</td><td>{escape(why)}</td></tr>"
+            for name, why in frontier.failures.items()
+        )
+        parts.append(f"<h2>What failed</h2><table>{failed}</table>")
+    facts = "".join(
+        f"<tr><td>{escape(name)}</td><td>{escape(str(value))}</td></tr>" for name, value in settings.items()
+    )
+    parts.append(f'<h2>The sweep</h2><div class="wide"><table>{facts}</table></div>')
+    return write_page(
+        path,
+        f"The sparsity-accuracy frontier of {settings['model_name']}",
+        "Each architecture in the place of an MLP, at the parameters of a transcoder with "
+        f"{settings['transcoder_width']:,} features, after {settings['training_tokens']:,} tokens of "
+        f"{settings['text']}. Solid: the layer; dashed: with its experts' part exchanged for its mean; "
+        "dotted: for another token's. Lower is better; a small gap between solid and dashed says that "
+        "the experts do little.",
+        parts,
+    )
+
+
+def write_frontier_png(path: str | Path, frontier: Frontier, text: str) -> Path:
+    """Writes the figure of one held-out text as a picture.
+
+    Raises:
+        ImportError: kaleido is not installed.
+    """
+    figure = frontier_figure(frontier, text)
+    figure.update_layout(paper_bgcolor="white", plot_bgcolor="white")
+    figure.write_image(path, width=1100, height=figure.layout.height, scale=2)
+    return Path(path)
+
+
+def frontier_figure(frontier: Frontier, text: str) -> go.Figure:
+    """Normalised MSE and cross-entropy increase against K; a row a layer, a line an architecture."""
+    layers = sorted({point.layer for point in frontier.points})
+    ks = sorted({point.k for point in frontier.points})
+    titles = [
+        title
+        for layer in layers
+        for title in (f"Layer {layer}: normalised MSE", f"Layer {layer}: cross-entropy increase, nats")
+    ]
+    figure = make_subplots(
+        rows=len(layers),
+        cols=2,
+        subplot_titles=titles,
+        vertical_spacing=0.28 / (len(layers) + 1),
+        horizontal_spacing=0.09,
+    )
+    for row, layer in enumerate(layers, start=1):
+        for colour, (architecture, label) in zip(COLOURS, frontier.settings["labels"].items(), strict=False):
+            for kind, (dash, *quantities) in DASHES.items():
+                for column, quantity in enumerate(quantities, start=1):
+                    trace = line(frontier, text, layer, architecture, quantity)
+                    trace.update(
+                        line={"color": colour, "dash": dash, "width": 2.5 if dash == "solid" else 1.2},
+                        opacity=1 if dash == "solid" else 0.6,
+                        mode="lines+markers" if dash == "solid" else "lines",
+                        name=label,
+                        legendgroup=architecture,
+                        showlegend=(row, column, kind) == (1, 1, "the layer"),
+                        hovertemplate=f"{label}, {kind}<br>K %{{x}}: %{{y:.4f}}<extra></extra>",
+                    )
+                    figure.add_trace(trace, row=row, col=column)
+        zero = [
+            point.reports[text].ce_loss_zero_ablated - point.reports[text].ce_loss
+            for point in frontier.points
+            if point.layer == layer and text in point.reports
+        ]
+        for column, level in ((1, 1.0), (2, mean(zero) if zero else None)):
+            if level is not None:
+                figure.add_hline(
+                    level,
+                    line={"color": GREY, "dash": "longdashdot", "width": 1},
+                    annotation_text="zero ablated",
+                    annotation_font_size=11,
+                    row=row,
+                    col=column,
+                )
+    style(figure, 90 + 330 * len(layers))
+    figure.update_xaxes(type="log", tickvals=ks, ticktext=[str(k) for k in ks], title_text="K")
+    figure.update_yaxes(rangemode="tozero", col=1)
+    figure.update_yaxes(type="log", col=2, minor={"showgrid": False}, dtick=1)
+    figure.update_layout(
+        showlegend=True,
+        margin_t=110,
+        legend={"orientation": "h", "yanchor": "bottom", "y": 1 + 45 / figure.layout.height, "x": 0},
+    )
+    return figure
+
+
+def line(frontier: Frontier, text: str, layer: int, architecture: str, quantity: Quantity) -> go.Scatter:
+    """The mean over seeds at each K, with the range of the seeds as error bars."""
+    xs, ys, up, down = [], [], [], []
+    for k in sorted({point.k for point in frontier.points}):
+        values = [quantity(report) for report in frontier.select(text, layer, architecture, k)]
+        if values:
+            xs.append(k)
+            ys.append(mean(values))
+            up.append(max(values) - mean(values))
+            down.append(mean(values) - min(values))
+    spread = {"type": "data", "array": up, "arrayminus": down} if any(up) else None
+    return go.Scatter(x=xs, y=ys, error_y=spread)
+
+
+def rows_of(frontier: Frontier, text: str) -> str:
+    """A table row for each layer and K: normalised MSE and feature share of every architecture."""
+    labels = frontier.settings["labels"]
+    head = "".join(f"<th>{escape(label)}</th>" for label in labels.values())
+    rows = [f"<tr><th>Layer</th><th>K</th>{head}</tr>"]
+    for layer, k in sorted({(point.layer, point.k) for point in frontier.points}):
+        cells = []
+        for architecture in labels:
+            reports = frontier.select(text, layer, architecture, k)
+            cells.append(
+                f"{mean(r.normalized_mse for r in reports):.3f} "
+                f"<small>(share {mean(r.feature_share for r in reports):.2f}, "
+                f"+{mean(r.ce_loss_replaced - r.ce_loss for r in reports):.4f} nats, "
+                f"dead {mean(r.dead_fraction for r in reports):.0%})</small>"
+                if reports
+                else "&ndash;"
+            )
+        rows.append(f"<tr><td>{layer}</td><td>{k}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+    return "\n".join(rows)

@@ -1,0 +1,420 @@
+"""The sparsity-accuracy frontier: how faithful each architecture is at every K, at one size.
+
+Every layer is trained on the same activations in the same order, for the same steps, with matched
+parameter counts, and judged on the same held-out text.
+"""
+
+import json
+import platform
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from rich.table import Table
+from sae_lens import SAE, TopKTrainingSAEConfig, logger
+from sae_lens.config import HfDataset
+from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
+from sae_lens.saes.sae import TrainingSAEConfig
+from safetensors import SafetensorError
+from torch import Tensor
+
+from mxd_lens.architectures import (
+    TrainingMxDConfig,
+    TrainingSkipMxDConfig,
+    TrainingTopKSkipTranscoderConfig,
+    TrainingTopKTranscoderConfig,
+    matched_n_experts,
+    matched_n_features,
+)
+from mxd_lens.evals.faithfulness import FaithfulnessReport, evaluate_all
+from mxd_lens.training.multi_runner import MultiTranscoderTrainingRunner
+from mxd_lens.training.runner import TranscoderRunnerConfig, read_json
+from mxd_lens.training.trainer import complete_checkpoints
+
+FRONTIER_FILENAME = "frontier.json"
+ORDER_SEED = 0
+"""Of the order of tokens, the same for every layer."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What all contenders are matched to."""
+
+    d_in: int
+    d_out: int
+    d_hidden: int
+    """Width of an MxD's decoder branch."""
+    transcoder_width: int
+    """Features of the plain transcoder, whose parameter count no other exceeds."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An architecture in the comparison."""
+
+    label: str
+    """Its name in tables and figures."""
+    config: Callable[[Size, int], TrainingSAEConfig]
+    """Its configuration, of a matched size, at a given k."""
+    lr: float
+    """The learning rate that suits it."""
+    reads: str = "input"
+    """"input": trained from the MLP's input to its output; "output": an SAE on the output."""
+
+
+def _mxd(size: Size, k: int) -> TrainingSAEConfig:
+    n = matched_n_experts(size.d_in, size.d_out, size.d_hidden, size.transcoder_width)
+    return TrainingMxDConfig(d_in=size.d_in, d_out=size.d_out, d_sae=n, d_hidden=size.d_hidden, k=k)
+
+
+def _skip_mxd(size: Size, k: int) -> TrainingSAEConfig:
+    n = matched_n_experts(size.d_in, size.d_out, size.d_hidden, size.transcoder_width, skip=True)
+    return TrainingSkipMxDConfig(d_in=size.d_in, d_out=size.d_out, d_sae=n, d_hidden=size.d_hidden, k=k)
+
+
+def _transcoder(size: Size, k: int) -> TrainingSAEConfig:
+    return TrainingTopKTranscoderConfig(d_in=size.d_in, d_out=size.d_out, d_sae=size.transcoder_width, k=k)
+
+
+def _skip_transcoder(size: Size, k: int) -> TrainingSAEConfig:
+    n = matched_n_features(size.d_in, size.d_out, size.transcoder_width)
+    return TrainingTopKSkipTranscoderConfig(d_in=size.d_in, d_out=size.d_out, d_sae=n, k=k)
+
+
+def _sae(size: Size, k: int) -> TrainingSAEConfig:
+    budget = size.transcoder_width * (size.d_in + size.d_out + 1)
+    return TopKTrainingSAEConfig(d_in=size.d_out, d_sae=budget // (2 * size.d_out + 1), k=k)
+
+
+CONTENDERS: Mapping[str, Contender] = {
+    "mxd": Contender("MxD", _mxd, lr=3e-3),
+    "skip_mxd": Contender("MxD with a skip connection", _skip_mxd, lr=3e-3),
+    "topk_transcoder": Contender("TopK transcoder", _transcoder, lr=4e-3),
+    "topk_skip_transcoder": Contender("TopK skip transcoder", _skip_transcoder, lr=4e-3),
+    "topk_sae": Contender("TopK SAE on the output", _sae, lr=1e-3, reads="output"),
+}
+"""The architectures that `frontier` compares, by name."""
+
+
+@dataclass
+class Point:
+    """One trained layer of the sweep, and what was measured."""
+
+    architecture: str
+    layer: int
+    k: int
+    seed: int
+    d_sae: int = 0
+    n_parameters: int = 0
+    reports: dict[str, FaithfulnessReport] = field(default_factory=dict)
+    """By the name of the held-out text."""
+    failure: str | None = None
+    """Why there are no reports."""
+
+    @property
+    def name(self) -> str:
+        return f"layer{self.layer}-{self.architecture}-k{self.k}-seed{self.seed}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, known: dict[str, Any]) -> "Point":
+        reports = {text: FaithfulnessReport(**report) for text, report in known["reports"].items()}
+        return cls(**(known | {"reports": reports}))
+
+
+@dataclass
+class Frontier:
+    """What `frontier` measured."""
+
+    settings: dict[str, Any]
+    """Everything that the points share: model, size, tokens, recipe, versions."""
+    points: list[Point]
+
+    def save(self, path: str | Path) -> None:
+        """Writes everything as JSON."""
+        known = {"settings": self.settings, "points": [point.to_dict() for point in self.points]}
+        _write_json(Path(path), known)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Frontier":
+        """Reads what `save` wrote; of a folder, its frontier.json."""
+        path = Path(path)
+        known = json.loads((path / FRONTIER_FILENAME if path.is_dir() else path).read_text(encoding="utf-8"))
+        return cls(known["settings"], [Point.from_dict(point) for point in known["points"]])
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """The layers that could not be trained or judged, and why."""
+        return {point.name: point.failure for point in self.points if point.failure is not None}
+
+    @property
+    def texts(self) -> list[str]:
+        """The held-out texts."""
+        return list(self.settings["held_out"])
+
+    def select(
+        self, text: str, layer: int, architecture: str, k: int | None = None
+    ) -> list[FaithfulnessReport]:
+        """The reports of one text, layer and architecture; every k in order, every seed."""
+        found = [
+            point
+            for point in self.points
+            if (point.layer, point.architecture) == (layer, architecture)
+            and text in point.reports
+            and k in (None, point.k)
+        ]
+        return [point.reports[text] for point in sorted(found, key=lambda point: point.k)]
+
+    def __rich__(self) -> Table:
+        table = Table(title=f"{self.settings['model_name']}: the sparsity-accuracy frontier")
+        for column in ("layer", "K", "", "parameters"):
+            table.add_column(column, justify="left" if not column else "right")
+        for text in self.texts:
+            for column in ("normalised MSE", "feature share", "cross-entropy +", "dead"):
+                table.add_column(f"{column}\n{text}", justify="right")
+        for point in sorted(self.points, key=lambda point: (point.layer, point.k)):
+            row = [str(point.layer), str(point.k), point.architecture, f"{point.n_parameters:,}"]
+            for report in point.reports.values():
+                row += [
+                    f"{report.normalized_mse:.3f}",
+                    f"{report.feature_share:.2f}",
+                    f"{report.ce_loss_replaced - report.ce_loss:.4f}",
+                    f"{report.dead_fraction:.0%}",
+                ]
+            table.add_row(*row, *([point.failure] if point.failure else []))
+        return table
+
+
+def frontier(
+    model: Any,
+    text: HfDataset,
+    held_out: Mapping[str, Int[Tensor, "sequences positions"]],
+    output: str | Path,
+    *,
+    layers: Sequence[int],
+    ks: Sequence[int] = (8, 16, 32, 64, 128, 256),
+    contenders: Mapping[str, Contender] = CONTENDERS,
+    seeds: Sequence[int] = (0,),
+    transcoder_width: int | None = None,
+    d_hidden: int | None = None,
+    training_tokens: int = 1_000_000,
+    batch: int = 2048,
+    layers_at_once: int = 32,
+    text_name: str = "",
+    run_settings: Mapping[str, Any] | None = None,
+) -> Frontier:
+    """Trains every contender at every K on every layer, and judges them.
+
+    The language model runs once for all of them; the activations are kept in output/activations for
+    further epochs and for what does not fit into memory at once. A sweep that was interrupted goes on
+    where it was, and one that is called again with more layers, Ks or seeds trains only those.
+
+    Writes into `output` frontier.json with everything measured, points/NAME.json as soon as a point is
+    measured, and trained/NAME, the layers themselves, as folders that SAELens reads.
+
+    Args:
+        model: any hooked model.
+        text: what to train on, with a column "text" or "tokens".
+        held_out: token sequences to judge on, by the name of their text.
+        output: a folder.
+        layers: which MLPs.
+        ks: active experts per token.
+        contenders: the architectures, by name.
+        seeds: of the initial weights; the order of the tokens is the same for all.
+        transcoder_width: features of the transcoder that all are matched to. Default: 8 * d_model.
+        d_hidden: width of the MxDs' decoder branch. Default: 4 * d_model.
+        training_tokens: for each layer; a shorter text is repeated.
+        batch: tokens in a step.
+        layers_at_once: how many are in memory together; each takes four times its weights.
+        text_name: what the reports call the training text.
+        run_settings: further fields of `TranscoderRunnerConfig`, for all.
+
+    Raises:
+        ValueError: nothing to compare, or another sweep's settings than those in `output`.
+        TrainingInterrupted: SIGINT or SIGTERM; the same call goes on.
+    """
+    d_model = model.cfg.d_model
+    size = Size(d_model, d_model, d_hidden or 4 * d_model, transcoder_width or 8 * d_model)
+    points = [Point(*which) for which in product(contenders, layers, ks, seeds)]
+    if not points:
+        raise ValueError("There is nothing to compare: no layers, no ks, no contenders or no seeds.")
+    output = Path(output)
+    steps = training_tokens // batch
+    shared = {
+        "model_name": model.cfg.model_name,
+        "dataset_path": text_name or "given as override_dataset",
+        "training_tokens": steps * batch,
+        "train_batch_size_tokens": batch,
+        "n_batches_in_buffer": 512,
+        "lr_warm_up_steps": steps // 20,
+        "lr_decay_steps": steps // 2,
+        "standardize_activations": True,
+        "use_cached_activations": True,
+        "cached_activations_path": str(
+            output / "activations" / "-".join(map(str, sorted({point.layer for point in points})))
+        ),
+        "n_checkpoints": 4,
+        "n_checkpoints_kept": 1,
+    } | dict(run_settings or {})
+    cfgs = {
+        point.name: _run_config(point, contenders[point.architecture], size, shared, output)
+        for point in points
+    }
+    result = Frontier(_settings(size, shared, held_out, contenders), points)
+    _refuse_other_sweep(output, result.settings)
+    measured = {name: known for name in cfgs if (known := _measured(output, name)) is not None}
+    result.points = [measured.get(point.name, point) for point in points]
+
+    def judge(names: Iterable[str]) -> None:
+        wanted = set(names)
+        _judge([point for point in result.points if point.name in wanted], model, held_out, output)
+        result.save(output / FRONTIER_FILENAME)
+
+    output.mkdir(parents=True, exist_ok=True)
+    result.save(output / FRONTIER_FILENAME)
+    todo = {name: cfg for name, cfg in cfgs.items() if name not in measured}
+    judge(name for name in todo if _is_trained(output, name))
+    todo = {name: cfg for name, cfg in todo.items() if not _is_trained(output, name)}
+    for names in _groups(output / "checkpoints", todo, layers_at_once):
+        runner = MultiTranscoderTrainingRunner(
+            {name: todo[name] for name in names},
+            output / "checkpoints",
+            resume=True,
+            override_dataset=text,
+            override_model=model,
+            beside=cfgs.values(),
+            order_seed=ORDER_SEED,
+        )
+        try:
+            runner.run()
+        except RuntimeError as e:
+            if not runner.failures:
+                raise
+            logger.error("%s", e)
+        shutil.rmtree(output / "checkpoints", ignore_errors=True)
+        for point in result.points:
+            point.failure = runner.failures.get(point.name, point.failure)
+        judge(name for name in names if name not in runner.failures)
+    return result
+
+
+def _run_config(
+    point: Point, contender: Contender, size: Size, shared: Mapping[str, Any], output: Path
+) -> TranscoderRunnerConfig:
+    hook_out = f"blocks.{point.layer}.hook_mlp_out"
+    return TranscoderRunnerConfig(
+        sae=contender.config(size, point.k),
+        hook_name=f"blocks.{point.layer}.mlp.hook_in" if contender.reads == "input" else hook_out,
+        hook_name_out=hook_out,
+        output_path=str(output / "trained" / point.name),
+        seed=point.seed,
+        **{"lr": contender.lr, **shared},
+    )
+
+
+def _settings(
+    size: Size,
+    shared: Mapping[str, Any],
+    held_out: Mapping[str, Tensor],
+    contenders: Mapping[str, Contender],
+) -> dict[str, Any]:
+    return {
+        **{name: value for name, value in shared.items() if "path" not in name},
+        "text": shared["dataset_path"],
+        **asdict(size),
+        "held_out": {name: list(tokens.shape) for name, tokens in held_out.items()},
+        "lr": {name: shared.get("lr", contender.lr) for name, contender in contenders.items()},
+        "labels": {name: contender.label for name, contender in contenders.items()},
+        "versions": {
+            package: version(package)
+            for package in ("mxd-lens", "torch", "sae-lens", "transformer-lens", "transformers")
+        },
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+    }
+
+
+def _refuse_other_sweep(output: Path, settings: Mapping[str, Any]) -> None:
+    file = output / FRONTIER_FILENAME
+    if not file.is_file():
+        return
+    known = Frontier.load(file).settings
+    ours = json.loads(json.dumps(settings))
+    changed = [
+        f"{name}: {known.get(name)!r} then, {ours[name]!r} now"
+        for name in sorted(ours.keys() - {"versions", "machine", "lr", "labels"})
+        if known.get(name) != ours[name]
+    ]
+    changed += [
+        f"lr of {name}: {known['lr'][name]} then, {lr} now"
+        for name, lr in ours["lr"].items()
+        if known["lr"].get(name, lr) != lr
+    ]
+    if changed:
+        raise ValueError(f"{output} holds another sweep. {'; '.join(changed)}. Name another folder.")
+
+
+def _groups(checkpoints: Path, todo: Iterable[str], layers_at_once: int) -> list[tuple[str, ...]]:
+    """What is trained together: first what an interrupted sweep was at, if all of it is still wanted."""
+    todo = list(todo)
+    found = complete_checkpoints(checkpoints)
+    interrupted = tuple(read_json(found[-1] / RUNNER_CFG_FILENAME)["cfgs"]) if found else ()
+    if not set(interrupted) <= set(todo):
+        shutil.rmtree(checkpoints)
+        interrupted = ()
+    rest = [name for name in todo if name not in interrupted]
+    groups = [tuple(rest[i : i + layers_at_once]) for i in range(0, len(rest), layers_at_once)]
+    return [group for group in (interrupted, *groups) if group]
+
+
+def _judge(
+    points: Sequence[Point],
+    model: Any,
+    held_out: Mapping[str, Int[Tensor, "sequences positions"]],
+    output: Path,
+) -> None:
+    """Fills in the points' reports, and writes each down. Points of one layer and k share passes."""
+    by_place: dict[tuple[int, int], list[Point]] = {}
+    for point in points:
+        by_place.setdefault((point.layer, point.k), []).append(point)
+    for together in by_place.values():
+        saes = {}
+        for point in together:
+            try:
+                sae = SAE.load_from_disk(output / "trained" / point.name)
+            except (OSError, ValueError, SafetensorError) as e:
+                point.failure = f"{type(e).__name__}: {e}"
+                logger.error("%s cannot be read. %s", point.name, e)
+                continue
+            point.d_sae, point.n_parameters = sae.cfg.d_sae, sum(p.numel() for p in sae.parameters())
+            saes[point.name] = sae
+        if not saes:
+            continue
+        reports = {text: evaluate_all(saes, model, tokens) for text, tokens in held_out.items()}
+        for point in together:
+            if point.name in saes:
+                point.reports = {text: judged[point.name] for text, judged in reports.items()}
+                _write_json(output / "points" / f"{point.name}.json", point.to_dict())
+
+
+def _is_trained(output: Path, name: str) -> bool:
+    return (output / "trained" / name / SAE_CFG_FILENAME).is_file()
+
+
+def _measured(output: Path, name: str) -> Point | None:
+    file = output / "points" / f"{name}.json"
+    return Point.from_dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+
+def _write_json(path: Path, known: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
