@@ -1,7 +1,7 @@
 """The command line. Every command is one library call; nothing heavy is imported before it runs."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -44,6 +44,9 @@ def version(
 @app.command()
 def train(
     output: Annotated[Path, typer.Argument(help="The folder to write the layer to.")],
+    architecture: Annotated[
+        str, typer.Option(help="mxd, skip_mxd, topk_transcoder or topk_skip_transcoder.")
+    ] = "mxd",
     model: Model = "smollm2-135m-instruct",
     layer: Layer = 12,
     hook_in: Annotated[str, typer.Option(help="The input's hook point. Default: the MLP's input.")] = "",
@@ -61,7 +64,10 @@ def train(
         str, typer.Option(help="Of the decoder branch: relu, gelu, gelu_pytorch_tanh, sigmoid, silu.")
     ] = "gelu",
     gated: Annotated[bool, typer.Option(help="Whether the decoder branch is a gated linear unit.")] = False,
-    lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 4e-4,
+    standardize: Annotated[
+        bool, typer.Option(help="Train on standardised activations; the paper's code does not.")
+    ] = True,
+    lr: Annotated[float, typer.Option(help="Learning rate of Adam; the paper's is 4e-4.")] = 3e-3,
     warm_up: Annotated[int, typer.Option(help="Steps of linear warm-up. -1: a twentieth of all.")] = -1,
     decay: Annotated[int, typer.Option(help="Steps of linear decay to 0 at the end. -1: a fifth.")] = -1,
     batch: Annotated[int, typer.Option(help="Tokens in a step.")] = 4096,
@@ -79,34 +85,46 @@ def train(
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in OUTPUT.")] = False,
     wandb: Annotated[bool, typer.Option(help="Log to Weights & Biases.")] = False,
 ) -> None:
-    """Train an MxD of one MLP and save it as a folder that SAELens reads."""
+    """Train an MxD or transcoder of one MLP and save it as a folder that SAELens reads."""
     from sae_lens import LoggingConfig
 
     from mxd_lens import (
-        TrainingMxDConfig,
+        MxDConfig,
         TranscoderRunnerConfig,
         TranscoderTrainingRunner,
         load_model,
         matched_n_experts,
+        matched_n_features,
     )
+    from mxd_lens.architectures import ARCHITECTURES
+    from mxd_lens.architectures.skip import WithSkip
 
     steps = tokens // batch
     with errors_for_people():
+        known = {config.architecture(): (layer, config) for _, _, layer, config in ARCHITECTURES}
+        if architecture not in known:
+            raise ValueError(f"there is no {architecture}: choose from {', '.join(known)}.")
+        layer_class, config = known[architecture]
         language_model = load_model(model, device)
         d_model = language_model.cfg.d_model
         d_hidden = hidden or 4 * d_model
-        sae = TrainingMxDConfig(
+        width = match_width or 16 * d_model
+        has_skip = issubclass(layer_class, WithSkip)
+        branch: dict[str, Any] = {}
+        if issubclass(config, MxDConfig):
+            branch = {"d_hidden": d_hidden, "hidden_activation": activation, "gated": gated}
+            matched = matched_n_experts(d_model, d_model, d_hidden, width, gated, has_skip)
+        else:
+            matched = matched_n_features(d_model, d_model, width) if has_skip else width
+        sae = config(
             d_in=d_model,
             d_out=d_model,
-            d_sae=experts
-            or matched_n_experts(d_model, d_model, d_hidden, match_width or 16 * d_model, gated),
-            d_hidden=d_hidden,
+            d_sae=experts or matched,
             k=k or None,
             l1_coefficient=l1,
-            hidden_activation=activation,
-            gated=gated,
             device=device,
             dtype=dtype,
+            **branch,
         )
         cfg = TranscoderRunnerConfig(
             sae=sae,
@@ -118,6 +136,7 @@ def train(
             train_batch_size_tokens=batch,
             context_size=context,
             n_batches_in_buffer=max(256, 8 * batch // context),
+            standardize_activations=standardize,
             lr=lr,
             lr_warm_up_steps=steps // 20 if warm_up < 0 else warm_up,
             lr_decay_steps=steps // 5 if decay < 0 else decay,
@@ -192,6 +211,7 @@ def frontier(
     batch: Annotated[int, typer.Option(help="Tokens in a step.")] = 2048,
     sequences: Annotated[int, typer.Option(help="Held-out sequences of 128 tokens of each text.")] = 32,
     at_once: Annotated[int, typer.Option(help="Layers trained together; memory is the limit.")] = 32,
+    bf16: Annotated[bool, typer.Option(help="Train with bfloat16 products, weights in float32.")] = False,
     device: Device = "cpu",
 ) -> None:
     """Train every architecture at every K on several MLPs, judge them, and draw the frontier."""
@@ -231,7 +251,7 @@ def frontier(
             batch=batch,
             layers_at_once=at_once,
             text_name=text,
-            run_settings={"device": device},
+            run_settings={"device": device, "autocast": bf16},
         )
         page = write_frontier_page(output / "index.html", result)
         Console().print(result)

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 from conftest import D_MODEL, HOOK_IN, HOOK_OUT
+from sae_lens import SAE
 from typer.testing import CliRunner
 
 from mxd_lens import MxD, __version__
 from mxd_lens.cli import app
 
-COMMANDS = ["train", "evaluate", "demo"]
+COMMANDS = ["train", "evaluate", "frontier", "demo"]
 
 
 def run(*arguments: object, code: int = 0):
@@ -49,6 +50,24 @@ def test_train_and_evaluate(small, tiny_folder, text_file, tmp_path):
     assert page.read_text().startswith("<!doctype html>")
 
 
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [
+        ("skip_mxd", "SkipMxD"),
+        ("topk_transcoder", "TopKTranscoder"),
+        ("topk_skip_transcoder", "TopKSkipTranscoder"),
+    ],
+)
+def test_other_architectures(small, tmp_path, architecture, name):
+    options = ["--architecture", architecture, "--experts", 0, "--match-width", 80]
+    run("train", tmp_path / "layer", *small, *options)
+    layer = SAE.load_from_disk(tmp_path / "layer")
+    assert type(layer).__name__ == name
+    budget = 80 * (2 * D_MODEL + 1) + D_MODEL
+    assert budget - 2 * D_MODEL - 1 < sum(p.numel() for p in layer.parameters()) <= budget
+    assert "there is no moe" in run("train", tmp_path / "x", "--architecture", "moe", code=1).output
+
+
 def test_relu_sparsity(small, tmp_path):
     run("train", tmp_path / "relu", *small, "--k", 0, "--l1", 0.01)
     assert MxD.from_pretrained(tmp_path / "relu").cfg.k is None
@@ -79,6 +98,21 @@ def test_a_folder_with_another_run_is_kept(small, tmp_path):
     result = run("train", tmp_path / "out", *small, code=1)
     assert "holds another run" in result.output
     assert (tmp_path / "out" / "sae_weights.safetensors").read_bytes() == before
+
+
+def test_frontier(tiny_folder, text_file, tmp_path, words):
+    other = tmp_path / "other.txt"
+    other.write_text("\n\n".join(reversed(words)))
+    out = tmp_path / "sweep"
+    options = "--layers 1,2 --k 2,4 --architectures mxd,topk_sae --tokens 320 --batch 32 --match-width 80"
+    settings = ["--model", tiny_folder, "--text", text_file, "--other-text", other, "--sequences", 1]
+    run("frontier", out, *settings, *options.split())
+    known = json.loads((out / "frontier.json").read_text())
+    assert len(known["points"]) == 8
+    assert all(list(point["reports"]) == [str(text_file), str(other)] for point in known["points"])
+    assert "TopK SAE on the output" in (out / "index.html").read_text()
+    assert "expected numbers" in run("frontier", out, "--k", "8,x", code=1).output
+    assert "there is no relu" in run("frontier", out, "--architectures", "relu", code=1).output
 
 
 def test_evaluate_says_what_is_wrong_with_a_folder(tmp_path):

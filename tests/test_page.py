@@ -8,7 +8,9 @@ import pytest
 from conftest import HOOK_IN, HOOK_OUT
 
 from mxd_lens import FaithfulnessReport
+from mxd_lens.dashboards.frontier_page import frontier_figure, write_frontier_page, write_frontier_png
 from mxd_lens.dashboards.run_page import field_docs, read_history, write_run_page
+from mxd_lens.evals.frontier import Frontier, Point
 
 HISTORY = [{"tokens": 100.0 * i, "normalized_mse": 1 / i, "dead": 3.0} for i in range(1, 6)]
 
@@ -62,3 +64,61 @@ def test_a_layer_without_history_and_numbers_that_are_not_there(report, tmp_path
     page = write_run_page(tmp_path / "p.html", "t", [], replace(report, feature_share=math.nan)).read_text()
     assert "<td>feature_share</td>" in page
     assert "plotly.js v" in page
+
+
+@pytest.fixture
+def frontier(report) -> Frontier:
+    """Two layers, two Ks, two seeds; "b" failed at the larger K."""
+
+    def point(architecture: str, layer: int, k: int, seed: int) -> Point:
+        point = Point(architecture, layer, k, seed, d_sae=40, n_parameters=5678)
+        if (architecture, k) == ("b", 32):
+            point.failure = "the loss is <nan>"
+        else:
+            error = 1 / k + layer / 100 + seed / 1000
+            judged = replace(report, normalized_mse=error, ce_loss=4.0, ce_loss_replaced=4 + error)
+            point.reports = {"wiki": judged, "brown": replace(judged, normalized_mse=2 * error)}
+        return point
+
+    settings = {
+        "model_name": "<model>",
+        "labels": {"a": "A & A", "b": "B"},
+        "held_out": {"wiki": [2, 8], "brown": [2, 8]},
+        "transcoder_width": 4608,
+        "training_tokens": 1000,
+        "text": "wiki",
+    }
+    points = [point(a, layer, k, seed) for a in "ab" for layer in (2, 12) for k in (8, 32) for seed in (0, 1)]
+    return Frontier(settings, points)
+
+
+def test_a_frontier_shows_every_architecture_layer_and_text(frontier, tmp_path):
+    page = write_frontier_page(tmp_path / "f.html", frontier).read_text()
+    for shown in ("A &amp; A", "Held-out text: wiki", "Held-out text: brown", "the loss is &lt;nan&gt;"):
+        assert shown in page
+    assert "the loss is <nan>" not in page
+    markup = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
+    assert "http" not in markup
+    assert "0.145 <small>" in markup  # 1/8 + 2/100, the mean of both seeds
+    assert "&ndash;" in markup  # where b failed
+
+
+def test_the_lines_of_a_frontier(frontier):
+    figure = frontier_figure(frontier, "brown")
+    solid = [t for t in figure.data if t.line.dash == "solid" and t.name == "A & A" and t.xaxis == "x3"]
+    (line,) = solid  # the second layer's errors
+    assert list(line.x) == [8, 32]
+    assert list(line.y) == pytest.approx([2 * (1 / 8 + 0.12 + 0.0005), 2 * (1 / 32 + 0.12 + 0.0005)])
+    assert list(line.error_y.array) == pytest.approx([0.001, 0.001])
+    assert sum(t.showlegend for t in figure.data) == 2
+    (short,) = [t for t in figure.data if t.line.dash == "dash" and t.name == "B" and t.xaxis == "x"]
+    assert list(short.x) == [8]
+
+
+def test_a_frontier_as_a_picture(frontier, tmp_path):
+    pytest.importorskip("kaleido")
+    try:
+        picture = write_frontier_png(tmp_path / "f.png", frontier, "wiki")
+    except RuntimeError as e:
+        pytest.skip(f"no browser: {e}")
+    assert picture.read_bytes().startswith(b"\x89PNG")

@@ -243,7 +243,11 @@ def frontier(
     """
     d_model = model.cfg.d_model
     size = Size(d_model, d_model, d_hidden or 4 * d_model, transcoder_width or 8 * d_model)
-    points = [Point(*which) for which in product(contenders, layers, ks, seeds)]
+    # What is to be compared lies together: it is trained and judged together.
+    points = [
+        Point(architecture, layer, k, seed)
+        for layer, k, seed, architecture in product(layers, ks, seeds, contenders)
+    ]
     if not points:
         raise ValueError("There is nothing to compare: no layers, no ks, no contenders or no seeds.")
     output = Path(output)
