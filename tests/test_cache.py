@@ -269,3 +269,18 @@ def test_a_cache_of_other_weights_or_text_under_the_same_name(
 def test_a_short_text_with_a_cache(tiny_model: HookedSAETransformer, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="too short"):
         next(cached_store(tiny_model, ["the cat"], tmp_path))
+
+
+@pytest.mark.parametrize(("noise", "accepted"), [(1e-4, True), (0.5, False)])
+def test_a_model_that_rounds_otherwise(
+    tiny_model: HookedSAETransformer, texts: list[str], tmp_path: Path, noise: float, accepted: bool
+) -> None:
+    """A forward pass differs a little between machines; another model differs more."""
+    next(cached_store(tiny_model, texts, tmp_path))
+    weight = tiny_model.blocks[0].mlp.W_out.data
+    weight.mul_(1 + noise * torch.randn_like(weight))
+    if accepted:
+        cached_store(tiny_model, texts, tmp_path)
+    else:
+        with pytest.raises(ValueError, match="another model"):
+            cached_store(tiny_model, texts, tmp_path)

@@ -245,10 +245,13 @@ def test_many_layers_are_judged_as_each_alone(tiny_model, tokens):
     saes = {kind: layer(kind) for kind in ("mxd", "skip transcoder")}
     saes["skip transcoder"].cfg.metadata.exclude_special_tokens = True
     saes["all tokens"] = layer("mxd")
+    saes["sae"] = TopKSAE(TopKSAEConfig(d_in=D_MODEL, d_sae=24, k=3)).requires_grad_(False)
+    saes["sae"].cfg.metadata.hook_name = HOOK_OUT
+    saes["sae"].cfg.metadata.exclude_special_tokens = True
     saes["all tokens"].cfg.metadata.exclude_special_tokens = False
     alone = {name: evaluate(sae, tiny_model, tokens, progress=False) for name, sae in saes.items()}
     passes = []
     tiny_model.blocks[0].register_forward_hook(lambda *_: passes.append(1))
     assert evaluate_all(saes, tiny_model, tokens, progress=False) == alone
-    assert len(passes) == 1 + 2 + 3 * 3
+    assert len(passes) == 1 + 2 + 3 * 4
     assert alone["all tokens"].n_tokens > alone["mxd"].n_tokens

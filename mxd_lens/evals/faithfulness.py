@@ -179,22 +179,25 @@ def evaluate_all(
         check_fits(sae, model)
     if tokens.ndim != 2 or tokens.shape[1] < 2 or tokens.is_floating_point():
         raise ValueError(f"tokens must be ids [sequences, positions > 1], got {tuple(tokens.shape)}.")
-    places = {Place.of(sae, model, tokens) for sae in saes.values()}
     layers = {name: Layer(sae, Place.of(sae, model, tokens)) for name, sae in saes.items()}
-    unmodified, zero = ({place: Judged() for place in places} for _ in range(2))
+    # An SAE and a transcoder of one MLP write at one hook, and share what does not depend on them.
+    places = {layer.place.output: layer.place for layer in layers.values()}
+    unmodified, zero = ({output: Judged() for output in places} for _ in range(2))
     batches = [slice(i, i + batch_size) for i in range(0, len(tokens), batch_size)]
     passes = 1 + len(places) + 3 * len(layers)
     with tqdm(total=passes * len(batches), desc="Evaluating", disable=not progress) as bar:
         for batch in batches:
             run = Run(model, tokens[batch])
             logits = run.logits(
-                hook for place in places for hook in unmodified[place].hooks(run.at(place), lambda _x, y: y)
+                hook
+                for output, place in places.items()
+                for hook in unmodified[output].hooks(run.at(place), lambda _x, y: y)
             )
             bar.update()
-            for place in places:
+            for output, place in places.items():
                 at = run.at(place)
-                unmodified[place].score(at, logits)
-                zero[place].add(at, lambda _x, y: torch.zeros_like(y))
+                unmodified[output].score(at, logits)
+                zero[output].add(at, lambda _x, y: torch.zeros_like(y))
                 bar.update()
             for layer in layers.values():
                 layer.replaced.add(run.at(layer.place), layer.experts.counting(run.at(layer.place)), logits)
@@ -209,7 +212,7 @@ def evaluate_all(
                 layer.shuffled_gate.add(at, exchange_gate(sae, at.shuffle))
                 bar.update()
     return {
-        name: layer.report(model, tokens, unmodified[layer.place], zero[layer.place])
+        name: layer.report(model, tokens, unmodified[layer.place.output], zero[layer.place.output])
         for name, layer in layers.items()
     }
 
@@ -235,6 +238,11 @@ class Place:
         if not place.kept(tokens)[:, :-1].any():
             raise ValueError("There are no tokens to judge: all are special tokens, which are excluded.")
         return place
+
+    @property
+    def output(self) -> tuple[str, tuple[int, ...]]:
+        """What decides the model's own output there, and with zero in its place."""
+        return self.hook_name_out, self.excluded
 
     def kept(self, tokens: Int[Tensor, "sequences positions"]) -> Bool[Tensor, "sequences positions"]:
         """Which tokens are replaced and counted."""

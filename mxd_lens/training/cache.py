@@ -41,10 +41,7 @@ class ActivationCache:
         if lines:
             found, *batches = map(json.loads, lines)
             if found != header:
-                raise ValueError(
-                    f"{folder} holds the activations of another model, layer, text or tokenisation: "
-                    "name another cached_activations_path, or delete it."
-                )
+                raise self.of_something_else()
             self._starts += [batch["end"] for batch in batches if "end" in batch]
             self.is_complete = any(batch.get("complete", False) for batch in batches)
             if "".join(lines) != text:
@@ -72,6 +69,13 @@ class ActivationCache:
             file.seek(start * self._row_bytes)
             buffer = bytearray(file.read((end - start) * self._row_bytes))
         return torch.frombuffer(buffer, dtype=self.dtype).view(-1, self.width)
+
+    def of_something_else(self) -> ValueError:
+        """The error for a cache that does not hold what is wanted."""
+        return ValueError(
+            f"{self.folder} holds the activations of another model, layer, text or tokenisation: "
+            "name another cached_activations_path, or delete it."
+        )
 
     def append(self, rows: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens width"]:
         """Writes a batch; returns it as it will be read, rounded to the cache's dtype."""
