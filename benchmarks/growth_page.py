@@ -6,11 +6,10 @@ Each file becomes a table; one that holds a sweep also becomes a figure of time 
 """
 
 import argparse
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from html import escape
 from itertools import groupby
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from plotly.subplots import make_subplots
 
 from benchmarks.contestants import Size
-from benchmarks.train_step import Result, Timing, rows, size_title
+from benchmarks.train_step import Report, Result, rows, size_title
 from mxd_lens.dashboards.run_page import BLUE, CONFIG, GREEN, GREY, ORANGE, RED, STYLE, style
 
 COLOURS = {
@@ -35,41 +34,24 @@ GRADIENTS = "gradients of the MxD's weights"
 GROWING = {"n_experts": "experts N", "k": "active experts K"}
 
 
-@dataclass(frozen=True)
-class Report:
-    """A file that `benchmarks.train_step` wrote."""
+def conditions(report: Report) -> str:
+    found = report.machine
+    return (
+        f"{found['device']}, {found['threads']} threads, {found['dtype']}, torch {found['torch']}, "
+        f"Python {found['python']}; {report.rounds} rounds"
+    )
 
-    machine: dict[str, str | int]
-    rounds: int
-    results: list[Result]
 
-    @classmethod
-    def load(cls, path: Path) -> "Report":
-        report = json.loads(path.read_text(encoding="utf-8"))
-        for result in report["results"]:
-            result["size"] = Size(**result["size"])
-            for timing in ("forward_backward", "optimizer"):
-                result[timing] = Timing(**result[timing])
-        return cls(report["machine"], report["rounds"], [Result(**result) for result in report["results"]])
+def growing(report: Report, field: str) -> list[Result]:
+    """The results of the sizes that differ in this field alone; none where there is one such size."""
 
-    @property
-    def conditions(self) -> str:
-        found = self.machine
-        return (
-            f"{found['device']}, {found['threads']} threads, {found['dtype']}, torch {found['torch']}, "
-            f"Python {found['python']}; {self.rounds} rounds"
-        )
+    def rest(result: Result) -> Size:
+        return replace(result.size, **{field: 0})
 
-    def growing(self, field: str) -> list[Result]:
-        """The results of the sizes that differ in this field alone; none where there is one such size."""
-
-        def rest(result: Result) -> Size:
-            return replace(result.size, **{field: 0})
-
-        sizes = {result.size: rest(result) for result in self.results}
-        common, count = Counter(sizes.values()).most_common(1)[0]
-        chosen = [result for result in self.results if rest(result) == common] if count > 1 else []
-        return sorted(chosen, key=lambda result: getattr(result.size, field))
+    sizes = {result.size: rest(result) for result in report.results}
+    common, count = Counter(sizes.values()).most_common(1)[0]
+    chosen = [result for result in report.results if rest(result) == common] if count > 1 else []
+    return sorted(chosen, key=lambda result: getattr(result.size, field))
 
 
 def write_growth_page(path: str | Path, reports: Sequence[Report]) -> Path:
@@ -87,7 +69,7 @@ def write_growth_page(path: str | Path, reports: Sequence[Report]) -> Path:
             plot, plotly_is_there = f'<div class="wide">{html}</div>', True
         sections.append(
             f"<h2>{'Growth with N and K' if plot else 'Side by side'}</h2>\n"
-            f'<p class="lead">{escape(report.conditions)}</p>\n'
+            f'<p class="lead">{escape(conditions(report))}</p>\n'
             f'{plot}\n<div class="wide">{number_table(report)}</div>\n'
         )
     page = f"""<!doctype html>
@@ -109,7 +91,7 @@ its own; it holds the weights' gradients. Transcoders and SAE have as many param
 
 def growth_figure(report: Report) -> go.Figure | None:
     """Time and peak memory, a column for each of N and K that was swept. None without a sweep."""
-    sweeps = {field: results for field in GROWING if (results := report.growing(field))}
+    sweeps = {field: results for field in GROWING if (results := growing(report, field))}
     if not sweeps:
         return None
     titles = [_sweep_title(field, results[0].size) for field, results in sweeps.items()]

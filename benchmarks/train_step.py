@@ -78,6 +78,30 @@ class Result:
     """What forward and backward add to weights and batch; None where it cannot be measured."""
 
 
+@dataclass
+class Report:
+    """What one run of this module measured, and under what conditions."""
+
+    machine: dict[str, str | int]
+    rounds: int
+    """Timed rounds of each contestant at each size."""
+    results: list[Result]
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> "Report":
+        """Reads a report that `save` wrote."""
+        report = json.loads(path.read_text(encoding="utf-8"))
+        for result in report["results"]:
+            result["size"] = Size(**result["size"])
+            for timing in ("forward_backward", "optimizer"):
+                result[timing] = Timing(**result[timing])
+        report["results"] = [Result(**result) for result in report["results"]]
+        return cls(**report)
+
+
 class Contestant:
     """A layer, its optimiser and its batch."""
 
@@ -250,20 +274,15 @@ def main() -> None:
             console.print(f"{name}: left out, package {package} is not installed")
             names.remove(name)
 
-    results: list[Result] = []
+    report = Report(machine(setting), options.rounds, [])
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("steps", total=len(sizes) * len(names) * (options.rounds + 2))
         for one in sizes:
-            found = measure(names, one, setting, options.rounds, partial(progress.advance, task))
-            console.print(table(found))
-            results += found
-            if options.json:  # after each size, so that an interrupted sweep leaves what it has
-                report = {
-                    "machine": machine(setting),
-                    "rounds": options.rounds,
-                    "results": [asdict(r) for r in results],
-                }
-                options.json.write_text(json.dumps(report, indent=1))
+            results = measure(names, one, setting, options.rounds, partial(progress.advance, task))
+            console.print(table(results))
+            report.results += results
+            if options.json:
+                report.save(options.json)  # so that an interrupted sweep leaves what it has
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
