@@ -78,9 +78,10 @@ def write_growth_page(path: str | Path, reports: Sequence[Report]) -> Path:
 th[colspan] {{ padding-top: 1.2rem; }} th + th {{ text-align: right; }} td {{ white-space: nowrap; }}
 </style></head><body>
 <h1>One training step: time and memory</h1>
-<p class="lead">Forward and backward pass: the median of the rounds, with quartiles; the contestants take
-turns in one process. Peak: what one forward and backward pass adds to weights and batch, in a process of
-its own; it holds the weights' gradients. Transcoders and SAE have as many parameters as the MxD.</p>
+<p class="lead">Forward and backward pass (fwd + bwd): the median of the rounds, with quartiles; the
+contestants take turns in one process. Peak: what one such pass adds to weights and batch, in a process of
+its own; it holds the weights' gradients. ref: the reference MxD. Transcoders and SAE have as many
+parameters as the MxD.</p>
 {"".join(sections)}
 </body></html>
 """

@@ -211,13 +211,13 @@ def rows(results: list[Result]) -> list[dict[str, str]]:
     return [
         {
             "": result.name,
-            "weights, M": f"{result.parameters / 1e6:.1f}",
-            "forward + backward, s": f"{seconds.median:.3g}",
+            "params M": f"{result.parameters / 1e6:.1f}",
+            "fwd + bwd s": f"{seconds.median:.3g}",
             "quartiles": f"{seconds.lower_quartile:.3g}-{seconds.upper_quartile:.3g}",
-            "reference / this": f"{reference / seconds.median:.2f}" if reference else "",
+            "ref / this": f"{reference / seconds.median:.2f}" if reference else "",
             "this / floor": f"{seconds.median / floor:.2f}" if floor else "",
-            "Adam, s": f"{result.optimizer.median:.3g}",
-            "peak, MB": "" if result.peak_bytes is None else f"{result.peak_bytes / 1e6:,.0f}",
+            "Adam s": f"{result.optimizer.median:.3g}",
+            "peak MB": "" if result.peak_bytes is None else f"{result.peak_bytes / 1e6:,.0f}",
         }
         for result in results
         for seconds in [result.forward_backward]
@@ -227,9 +227,17 @@ def rows(results: list[Result]) -> list[dict[str, str]]:
 def table(results: list[Result]) -> Table:
     """`rows` for a terminal."""
     lines = rows(results)
-    out = Table(title=size_title(results[0].size), box=box.SIMPLE, pad_edge=False)
+    out = Table(
+        title=size_title(results[0].size),
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
+        collapse_padding=True,
+    )
     for column in lines[0]:
-        out.add_column(column, justify="right" if column else "left")
+        # The width of its numbers: the heading alone breaks, and all of it fits 80 characters.
+        width = max(len(word) for word in [*column.split(), *(line[column] for line in lines)])
+        out.add_column(column, justify="right" if column else "left", width=width)
     for line in lines:
         out.add_row(*line.values())
     return out
