@@ -1,21 +1,25 @@
-"""What the training step is measured against: one small module a contestant.
+"""This project's layers and what they are measured against: one module a contestant.
 
-Each takes the layer's input x and target y and returns its training loss. All
-of them see the same sizes; the transcoders and the SAE have as many features as
-give them the MxD's parameter count.
+Each returns its training loss on the same x and y. All of them see the same
+sizes; the transcoders and the SAE have as many features as give them the MxD's
+parameter count. Where a recipe starts a weight at zero it is random here: a
+gradient of zeros is not what training computes.
 """
 
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.saes.sae import TrainingSAE, TrainStepInput
 from torch import Tensor, nn
 
-from mxd_lens.sparse import sparse_decode, topk_gate
+from mxd_lens import TrainingMxD, TrainingMxDConfig, TrainingTopKTranscoder, TrainingTopKTranscoderConfig
 
 
 @dataclass(frozen=True)
@@ -48,13 +52,25 @@ def _uniform(rows: int, columns: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(rows, columns).uniform_(-1, 1) * columns**-0.5)
 
 
-class _MxD(nn.Module):
-    """y = mixture * dz + b, with z = gelu(E^T x + b_E) and dz = D^T z."""
+class Layer(nn.Module):
+    """A contestant."""
+
+    def inputs(self, x: Float[Tensor, "batch d"], y: Float[Tensor, "batch d"]) -> tuple[Tensor, ...]:
+        """What `forward` takes, in the layout in which its training gets it."""
+        return x, y
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """The training loss."""
+        raise NotImplementedError
+
+
+class ReferenceMxD(Layer):
+    """The formula as it stands: K coefficients scattered into [batch, N], dense products."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()
         self.k = size.k
-        # Stored with the rows of its experts contiguous, the layout of its gradient.
+        # Stored with the rows of its experts contiguous, as this project's is.
         self.W_enc = nn.Parameter(_uniform(size.n_experts, size.d).detach().T)
         self.b_enc = nn.Parameter(torch.zeros(size.n_experts))
         self.W_dec = nn.Parameter(F.normalize(_uniform(size.n_experts, size.d).detach(), dim=-1))
@@ -65,34 +81,20 @@ class _MxD(nn.Module):
 
     def mixture(self, x: Float[Tensor, "batch d"]) -> Float[Tensor, "batch d"]:
         """C^T a."""
-        raise NotImplementedError
+        pre = (x @ self.W_enc + self.b_enc).relu()
+        values, indices = torch.topk(pre, self.k, dim=-1, sorted=False)
+        return torch.zeros_like(pre).scatter(-1, indices, values) @ self.W_dec
 
-    def forward(self, x: Float[Tensor, "batch d"], y: Float[Tensor, "batch d"]) -> Tensor:
-        # Last in the forward pass is first in the backward pass: the decoder branch lets
-        # go of its H-wide activations before the gradients of both [N, d] weights arise.
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Of y_hat = mixture * dz + b, with z = gelu(E^T x + b_E) and dz = D^T z."""
+        x, y = inputs
         mixture = self.mixture(x)
         dz = F.gelu(x @ self.W_hidden + self.b_hidden) @ self.W_out
         return normalized_mse(mixture * dz + self.b_dec, y)
 
 
-class ReferenceMxD(_MxD):
-    """The formula as it stands: K coefficients scattered into [batch, N], dense products."""
-
-    def mixture(self, x: Tensor) -> Tensor:
-        pre = (x @ self.W_enc + self.b_enc).relu()
-        values, indices = torch.topk(pre, self.k, dim=-1, sorted=False)
-        return torch.zeros_like(pre).scatter(-1, indices, values) @ self.W_dec
-
-
-class SparseMxD(_MxD):
-    """The same layer on this project's gate and decode."""
-
-    def mixture(self, x: Tensor) -> Tensor:
-        return sparse_decode(*topk_gate(x, self.W_enc, self.b_enc, self.k), self.W_dec)
-
-
-class Floor(_MxD):
-    """Work that no formulation avoids: the gate's product forward, the whole decoder branch."""
+class Floor(ReferenceMxD):
+    """Work that no formulation avoids, by torch's own product: the gate's forward, the whole branch."""
 
     def mixture(self, x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -100,23 +102,70 @@ class Floor(_MxD):
         return torch.ones_like(x)
 
 
-class SparseTranscoder(nn.Module):
-    """y = C^T a + b on this project's gate and decode."""
+class SAELensLayer(Layer):
+    """A training class of SAELens' kind, through the method that its trainer calls."""
+
+    def __init__(self, sae: TrainingSAE[Any]) -> None:
+        super().__init__()
+        self.sae = sae
+
+    def to(self, *args: Any, **kwargs: Any) -> "SAELensLayer":
+        self.sae.to(*args, **kwargs)  # it keeps its dtype beside its weights
+        return self
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        (sae_in,) = inputs
+        step = TrainStepInput(
+            sae_in=sae_in,
+            coefficients={},
+            dead_neuron_mask=None,
+            n_training_steps=0,
+            is_logging_step=False,
+        )
+        return self.sae.training_forward_pass(step).loss
+
+
+class SAELensTopK(SAELensLayer):
+    """sae-lens' TopK training SAE, which has no transcoder: it reconstructs x."""
 
     def __init__(self, size: Size) -> None:
-        super().__init__()
-        self.k = size.k
-        self.W_enc = nn.Parameter(_uniform(size.width, size.d).detach().T)
-        self.b_enc = nn.Parameter(torch.zeros(size.width))
-        self.W_dec = nn.Parameter(F.normalize(_uniform(size.width, size.d).detach(), dim=-1))
-        self.b_dec = nn.Parameter(torch.zeros(size.d))
+        super().__init__(TopKTrainingSAE(TopKTrainingSAEConfig(d_in=size.d, d_sae=size.width, k=size.k)))
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        values, indices = topk_gate(x, self.W_enc, self.b_enc, self.k)
-        return normalized_mse(sparse_decode(values, indices, self.W_dec) + self.b_dec, y)
+    def inputs(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG002
+        return (x,)
 
 
-class SparsifyTranscoder(nn.Module):
+class MxD(SAELensLayer):
+    """This project's MxD."""
+
+    def __init__(self, size: Size) -> None:
+        sae = TrainingMxD(
+            TrainingMxDConfig(
+                d_in=size.d, d_out=size.d, d_sae=size.n_experts, d_hidden=size.d_hidden, k=size.k
+            )
+        )
+        sae.W_out = _uniform(size.d_hidden, size.d)
+        super().__init__(sae)
+
+    def inputs(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        return (torch.cat([x, y], dim=-1),)
+
+
+class Transcoder(SAELensLayer):
+    """This project's TopK transcoder."""
+
+    def __init__(self, size: Size) -> None:
+        sae = TrainingTopKTranscoder(
+            TrainingTopKTranscoderConfig(d_in=size.d, d_out=size.d, d_sae=size.width, k=size.k)
+        )
+        sae.W_dec = _uniform(size.width, size.d)
+        super().__init__(sae)
+
+    def inputs(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        return (torch.cat([x, y], dim=-1),)
+
+
+class SparsifyTranscoder(Layer):
     """eai-sparsify's transcoder with its own loss."""
 
     def __init__(self, size: Size) -> None:
@@ -131,46 +180,20 @@ class SparsifyTranscoder(nn.Module):
         nn.init.normal_(self.coder.W_dec)
         self.coder.set_decoder_norm_to_unit_norm()
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.coder(x, y).fvu
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.coder(*inputs).fvu
 
 
-class SAELensTopK(nn.Module):
-    """sae-lens' TopK training SAE, which has no transcoder: it reconstructs x."""
-
-    def __init__(self, size: Size) -> None:
-        super().__init__()
-        from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
-
-        cfg = TopKTrainingSAEConfig(d_in=size.d, d_sae=size.width, k=size.k)
-        self.sae = TopKTrainingSAE(cfg)
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG002
-        from sae_lens.saes.sae import TrainStepInput
-
-        step = TrainStepInput(
-            sae_in=x,
-            coefficients={},
-            dead_neuron_mask=None,
-            n_training_steps=0,
-            is_logging_step=False,
-        )
-        return self.sae.training_forward_pass(step).loss
-
-
-CONTESTANTS: dict[str, Callable[[Size], nn.Module]] = {
+CONTESTANTS: dict[str, Callable[[Size], Layer]] = {
     "reference MxD": ReferenceMxD,
-    "MxD": SparseMxD,
-    "transcoder": SparseTranscoder,
+    "MxD": MxD,
+    "transcoder": Transcoder,
     "eai-sparsify transcoder": SparsifyTranscoder,
     "sae-lens TopK SAE": SAELensTopK,
     "floor": Floor,
 }
 
-_PACKAGES = {"eai-sparsify transcoder": "sparsify", "sae-lens TopK SAE": "sae_lens"}
-
 
 def missing_package(name: str) -> str | None:
     """The package a contestant needs and this Python does not have."""
-    package = _PACKAGES.get(name)
-    return package if package and find_spec(package) is None else None
+    return "sparsify" if name.startswith("eai-sparsify") and find_spec("sparsify") is None else None

@@ -4,12 +4,12 @@
 
 In turn in one process, medians and spread: the unmodified model; an MxD at the size that matches a
 transcoder of 16 x d_in features, attached by SAELens (dense activations) and by `replacement_hooks`;
-and its output alone from values and indices, as `evaluate` computes it.
+and its output alone from values and indices, as `evaluate` computes it. Hooks leave the original MLP
+running: what is measured is what the layer adds to it.
 """
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from sae_lens.saes.sae import SAEMetadata
 
+from benchmarks.train_step import Setting, machine
 from mxd_lens import MxD, MxDConfig, load_model, matched_n_experts, replacement_hooks
 from mxd_lens.evals.faithfulness import decompose
 from mxd_lens.hooks import hook_names, paired_hooks
@@ -56,6 +57,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
+    torch.manual_seed(0)
+    setting = Setting(args.device, torch.float32)
     model = load_model(SMOLLM2, args.device)
     d_model = model.cfg.d_model
     mxd = MxD(
@@ -79,8 +82,7 @@ def main() -> None:
         for name, run in runs.items():
             started = time.perf_counter()
             run()
-            if args.device != "cpu":
-                torch.cuda.synchronize()
+            setting.synchronize()
             seconds[name].append(time.perf_counter() - started)
 
     speeds = {
@@ -91,8 +93,10 @@ def main() -> None:
         }
         for name, times in seconds.items()
     }
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    table = Table("", "tokens/s", "from", "to", "of unmodified", title=machine)
+    size = f"{mxd.cfg.d_sae:,} experts, K {mxd.cfg.k}, {args.sequences} x {CONTEXT} tokens"
+    table = Table(
+        "", "tokens/s", "from", "to", "of unmodified", title=f"{SMOLLM2}, layer {args.layer}: {size}"
+    )
     for name, speed in speeds.items():
         share = speed["median"] / speeds["unmodified"]["median"]
         numbers = (f"{speed[key]:.0f}" for key in ("median", "min", "max"))
@@ -100,9 +104,11 @@ def main() -> None:
     Console().print(table)
     if args.json:
         result = {
-            "machine": machine,
+            "machine": machine(setting),
+            "layer": args.layer,
             "tokens": tokens.numel(),
             "experts": mxd.cfg.d_sae,
+            "k": mxd.cfg.k,
             "tokens_per_second": speeds,
         }
         args.json.write_text(json.dumps(result, indent=1) + "\n")

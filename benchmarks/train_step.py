@@ -10,20 +10,22 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median, quantiles
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks.contestants import CONTESTANTS, Size, missing_package
+from benchmarks.contestants import CONTESTANTS, Layer, Size, missing_package
 
 SIZES = {
     "gpt2": Size(d=768, n_experts=21_490, d_hidden=3_072, k=32, batch=4_096),
@@ -76,21 +78,45 @@ class Result:
     """What forward and backward add to weights and batch; None where it cannot be measured."""
 
 
+@dataclass
+class Report:
+    """What one run of this module measured, and under what conditions."""
+
+    machine: dict[str, str | int]
+    rounds: int
+    """Timed rounds of each contestant at each size."""
+    results: list[Result]
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> "Report":
+        """Reads a report that `save` wrote."""
+        report = json.loads(path.read_text(encoding="utf-8"))
+        for result in report["results"]:
+            result["size"] = Size(**result["size"])
+            for timing in ("forward_backward", "optimizer"):
+                result[timing] = Timing(**result[timing])
+        report["results"] = [Result(**result) for result in report["results"]]
+        return cls(**report)
+
+
 class Contestant:
     """A layer, its optimiser and its batch."""
 
     def __init__(self, name: str, size: Size, setting: Setting) -> None:
         torch.manual_seed(0)
         self.setting = setting
-        self.layer: nn.Module = CONTESTANTS[name](size).to(setting.device, setting.dtype)
-        self.x, self.y = _batch(size, setting)
-        self.optimizer = torch.optim.AdamW(self.layer.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
+        self.layer: Layer = CONTESTANTS[name](size).to(setting.device, setting.dtype)
+        self.inputs = self.layer.inputs(*_batch(size, setting))
+        self.optimizer = torch.optim.Adam(self.layer.parameters(), lr=1e-4)  # as SAELens' trainer's
 
     def forward_backward(self) -> float:
         self.optimizer.zero_grad(set_to_none=True)
         self.setting.synchronize()
         start = time.perf_counter()
-        self.layer(self.x, self.y).backward()
+        self.layer(*self.inputs).backward()
         self.setting.synchronize()
         return time.perf_counter() - start
 
@@ -135,40 +161,38 @@ def _resident(field: str) -> int:
 
 
 def measure(
-    names: Iterable[str], sizes: Iterable[Size], setting: Setting, rounds: int, console: Console
+    names: Sequence[str],
+    size: Size,
+    setting: Setting,
+    rounds: int,
+    advance: Callable[[], object] = lambda: None,
 ) -> list[Result]:
-    """Every contestant at every size; at one size the contestants take turns."""
-    names, sizes = list(names), list(sizes)
-    results = []
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("training steps", total=len(sizes) * len(names) * (rounds + 2))
-        for size in sizes:
-            peaks = {}
-            for name in names:
-                peaks[name] = _alone(name, size, setting)
-                progress.advance(task)
-            contestants = {name: Contestant(name, size, setting) for name in names}
-            passes: dict[str, list[float]] = {name: [] for name in names}
-            updates: dict[str, list[float]] = {name: [] for name in names}
-            for _ in range(rounds + 1):
-                for name, contestant in contestants.items():
-                    passes[name].append(contestant.forward_backward())
-                    updates[name].append(contestant.optimizer_step())
-                    contestant.optimizer.zero_grad(set_to_none=True)
-                    progress.advance(task)
-            results += [
-                Result(
-                    name,
-                    size,
-                    sum(p.numel() for p in contestants[name].layer.parameters()),
-                    # The first round warms caches and allocates the optimiser's state.
-                    Timing.of(passes[name][1:]),
-                    Timing.of(updates[name][1:]),
-                    peaks[name],
-                )
-                for name in names
-            ]
-    return results
+    """Every contestant at one size, in turn; `advance` is called rounds + 2 times for each."""
+    peaks = {}
+    for name in names:
+        peaks[name] = _alone(name, size, setting)
+        advance()
+    contestants = {name: Contestant(name, size, setting) for name in names}
+    passes: dict[str, list[float]] = {name: [] for name in names}
+    updates: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(rounds + 1):
+        for name, contestant in contestants.items():
+            passes[name].append(contestant.forward_backward())
+            updates[name].append(contestant.optimizer_step())
+            contestant.optimizer.zero_grad(set_to_none=True)
+            advance()
+    return [
+        Result(
+            name,
+            size,
+            sum(p.numel() for p in contestants[name].layer.parameters()),
+            # The first round warms caches and allocates the optimiser's state.
+            Timing.of(passes[name][1:]),
+            Timing.of(updates[name][1:]),
+            peaks[name],
+        )
+        for name in names
+    ]
 
 
 def _alone(name: str, size: Size, setting: Setting) -> int | None:
@@ -176,37 +200,46 @@ def _alone(name: str, size: Size, setting: Setting) -> int | None:
         return process.submit(peak_bytes, name, size, setting).result()
 
 
-def table(results: list[Result]) -> Table:
-    """One line a contestant, with its factors over the reference and the floor."""
-    size = results[0].size
-    by_name = {result.name: result for result in results}
+def size_title(size: Size) -> str:
+    return f"d {size.d}, N {size.n_experts:,}, H {size.d_hidden:,}, K {size.k}, batch {size.batch:,}"
+
+
+def rows(results: list[Result]) -> list[dict[str, str]]:
+    """A row a contestant, at one size, with its factors over the reference and the floor."""
+    by_name = {result.name: result.forward_backward.median for result in results}
     reference, floor = by_name.get("reference MxD"), by_name.get("floor")
+    return [
+        {
+            "": result.name,
+            "params M": f"{result.parameters / 1e6:.1f}",
+            "fwd + bwd s": f"{seconds.median:.3g}",
+            "quartiles": f"{seconds.lower_quartile:.3g}-{seconds.upper_quartile:.3g}",
+            "ref / this": f"{reference / seconds.median:.2f}" if reference else "",
+            "this / floor": f"{seconds.median / floor:.2f}" if floor else "",
+            "Adam s": f"{result.optimizer.median:.3g}",
+            "peak MB": "" if result.peak_bytes is None else f"{result.peak_bytes / 1e6:,.0f}",
+        }
+        for result in results
+        for seconds in [result.forward_backward]
+    ]
+
+
+def table(results: list[Result]) -> Table:
+    """`rows` for a terminal."""
+    lines = rows(results)
     out = Table(
-        title=f"d {size.d}, N {size.n_experts:,}, H {size.d_hidden:,}, K {size.k}, batch {size.batch:,}"
+        title=size_title(results[0].size),
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
+        collapse_padding=True,
     )
-    out.add_column("")
-    for column in (
-        "parameters, M",
-        "forward + backward, s",
-        "quartiles",
-        "times faster than the reference",
-        "times the floor",
-        "AdamW, s",
-        "peak above weights, MB",
-    ):
-        out.add_column(column, justify="right")
-    for result in results:
-        seconds = result.forward_backward
-        out.add_row(
-            result.name,
-            f"{result.parameters / 1e6:.1f}",
-            f"{seconds.median:.4g}",
-            f"{seconds.lower_quartile:.4g}-{seconds.upper_quartile:.4g}",
-            f"{reference.forward_backward.median / seconds.median:.2f}" if reference else "",
-            f"{seconds.median / floor.forward_backward.median:.2f}" if floor else "",
-            f"{result.optimizer.median:.3g}",
-            "" if result.peak_bytes is None else f"{result.peak_bytes / 1e6:,.0f}",
-        )
+    for column in lines[0]:
+        # The width of its numbers: the heading alone breaks, and all of it fits 80 characters.
+        width = max(len(word) for word in [*column.split(), *(line[column] for line in lines)])
+        out.add_column(column, justify="right" if column else "left", width=width)
+    for line in lines:
+        out.add_row(*line.values())
     return out
 
 
@@ -231,7 +264,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds")
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, metavar="NAME")
     parser.add_argument("--sweep", action="store_true", help="grow N, then K, around the size")
-    parser.add_argument("--json", type=Path, help="also write everything measured here")
+    parser.add_argument("--json", type=Path, help="file for everything measured, written after each size")
     options = parser.parse_args()
 
     console = Console()
@@ -249,13 +282,15 @@ def main() -> None:
             console.print(f"{name}: left out, package {package} is not installed")
             names.remove(name)
 
-    results: list[Result] = []
-    for one in sizes:
-        results += measure(names, [one], setting, options.rounds, console)
-        console.print(table(results[-len(names) :]))
-    if options.json:
-        report = {"machine": machine(setting), "results": [asdict(r) for r in results]}
-        options.json.write_text(json.dumps(report, indent=1))
+    report = Report(machine(setting), options.rounds, [])
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("steps", total=len(sizes) * len(names) * (options.rounds + 2))
+        for one in sizes:
+            results = measure(names, one, setting, options.rounds, partial(progress.advance, task))
+            console.print(table(results))
+            report.results += results
+            if options.json:
+                report.save(options.json)  # so that an interrupted sweep leaves what it has
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -3,11 +3,15 @@
 import os
 from pathlib import Path
 
+import torch
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
+if not torch.cuda.is_available():
+    # Triton decides between compiler and interpreter when it is imported, which torch alone does not do.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
-import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

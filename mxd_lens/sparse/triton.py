@@ -5,8 +5,9 @@ order. Nothing is added atomically, so they are deterministic; what torch adds
 around them is so under `torch.use_deterministic_algorithms`.
 
 What was run: both kernels in Triton's interpreter on a CPU, against the reference,
-in every case of the tests. Triton 3.9 compiles them for sm_80 and sm_90 in all four
-precisions. They have not been run or timed on a GPU.
+in every case of the tests. What was compiled: both kernels, by Triton 3.9 without a
+GPU, to cubins for sm_80 and sm_90 in all four precisions, `_weighted_sums` with and
+without SUBTRACT. They have not been run or timed on a GPU.
 """
 
 # Triton reads its own types from a kernel's arguments.
