@@ -20,7 +20,7 @@ from plotly.subplots import make_subplots
 
 from benchmarks.contestants import Size
 from benchmarks.train_step import Report, Result, rows, size_title
-from mxd_lens.dashboards.run_page import BLUE, CONFIG, GREEN, GREY, ORANGE, RED, STYLE, style
+from mxd_lens.dashboards.page import BLUE, GREEN, GREY, ORANGE, RED, style, write_page
 
 COLOURS = {
     "reference MxD": RED,
@@ -31,6 +31,15 @@ COLOURS = {
     "floor": GREY,
 }
 GRADIENTS = "gradients of the MxD's weights"
+CSS = """<style>
+th[colspan] { padding-top: 1.2rem; } th + th { text-align: right; } td { white-space: nowrap; }
+</style>"""
+LEAD = (
+    "Forward and backward pass (fwd + bwd): the median of the rounds, with quartiles; the contestants take "
+    "turns in one process. Peak: what one such pass adds to weights and batch, in a process of its own; it "
+    "holds the weights' gradients. ref: the reference MxD. Transcoders and SAE have as many parameters as "
+    "the MxD."
+)
 GROWING = {"n_experts": "experts N", "k": "active experts K"}
 
 
@@ -61,33 +70,15 @@ def write_growth_page(path: str | Path, reports: Sequence[Report]) -> Path:
         path: the HTML file.
         reports: what was measured, one section each.
     """
-    sections, plotly_is_there = [], False
+    parts: list[str | go.Figure] = [CSS]
     for report in reports:
-        plot = ""
-        if figure := growth_figure(report):
-            html = figure.to_html(full_html=False, include_plotlyjs=not plotly_is_there, config=CONFIG)
-            plot, plotly_is_there = f'<div class="wide">{html}</div>', True
-        sections.append(
-            f"<h2>{'Growth with N and K' if plot else 'Side by side'}</h2>\n"
-            f'<p class="lead">{escape(conditions(report))}</p>\n'
-            f'{plot}\n<div class="wide">{number_table(report)}</div>\n'
-        )
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>One training step</title><style>{STYLE}
-th[colspan] {{ padding-top: 1.2rem; }} th + th {{ text-align: right; }} td {{ white-space: nowrap; }}
-</style></head><body>
-<h1>One training step: time and memory</h1>
-<p class="lead">Forward and backward pass (fwd + bwd): the median of the rounds, with quartiles; the
-contestants take turns in one process. Peak: what one such pass adds to weights and batch, in a process of
-its own; it holds the weights' gradients. ref: the reference MxD. Transcoders and SAE have as many
-parameters as the MxD.</p>
-{"".join(sections)}
-</body></html>
-"""
-    path = Path(path)
-    path.write_text(page, encoding="utf-8")
-    return path
+        figure = growth_figure(report)
+        parts.append(f"<h2>{'Growth with N and K' if figure else 'Side by side'}</h2>")
+        parts.append(f'<p class="lead">{escape(conditions(report))}</p>')
+        if figure:
+            parts.append(figure)
+        parts.append(f'<div class="wide">{number_table(report)}</div>')
+    return write_page(path, "One training step: time and memory", LEAD, parts)
 
 
 def growth_figure(report: Report) -> go.Figure | None:
