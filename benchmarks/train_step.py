@@ -7,6 +7,7 @@ weights and the batch.
 """
 
 import argparse
+import ctypes
 import json
 import platform
 import time
@@ -149,6 +150,9 @@ def peak_bytes(name: str, size: Size, setting: Setting) -> int | None:
         return torch.cuda.max_memory_allocated(setting.device) - before
     if platform.system() != "Linux":
         return None
+    # What was freed and not given back would be used again without showing.
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = _resident("VmRSS")
     contestant.forward_backward()
