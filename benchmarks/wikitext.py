@@ -1,11 +1,12 @@
 """The headline run: an MxD of one SmolLM2-135M layer on WikiText-2, trained by the real runner.
 
-    python -m benchmarks.wikitext --text FOLDER --output FOLDER [--layer 12] [--k 32] [--lr 2e-3]
+    python -m benchmarks.wikitext --text FOLDER --output FOLDER [--layer 12] [--k 32] [--lr 4e-3] [--raw]
 
 FOLDER holds WikiText-2's valid.txt and test.txt. The text is detokenised, its lines of more than 40
 characters shuffled, joined with the end-of-text token and cut into 127 tokens after a BOS; the first
-256 sequences are held out. Recipe: 4 epochs, batches of 2,048 tokens, Adam, 100 steps of warm-up, linear
-decay over the last fifth, parameters matched to a transcoder of 16 x d_in features.
+256 sequences are held out. Recipe: 4 epochs, batches of 2,048 tokens, Adam, 50 steps of warm-up, linear
+decay over the last half, standardised activations unless --raw, parameters matched to a transcoder of
+16 x d_in features.
 """
 
 import argparse
@@ -55,7 +56,8 @@ def main() -> None:
     parser.add_argument("--layer", type=int, default=12)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--hidden-activation", default="gelu")
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--raw", action="store_true", help="no standardised activations, as the paper's code")
     parser.add_argument("--gated", action="store_true")
     args = parser.parse_args()
 
@@ -85,8 +87,9 @@ def main() -> None:
         train_batch_size_tokens=BATCH,
         n_batches_in_buffer=512,
         lr=args.lr,
-        lr_warm_up_steps=100,
-        lr_decay_steps=steps // 5,
+        lr_warm_up_steps=50,
+        lr_decay_steps=steps // 2,
+        standardize_activations=not args.raw,
         exclude_special_tokens=[BOS],
         use_cached_activations=True,
         cached_activations_path=str(args.output.with_name(args.output.name + "-activations")),

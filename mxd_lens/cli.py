@@ -67,9 +67,9 @@ def train(
     standardize: Annotated[
         bool, typer.Option(help="Train on standardised activations; the paper's code does not.")
     ] = True,
-    lr: Annotated[float, typer.Option(help="Learning rate of Adam; the paper's is 4e-4.")] = 3e-3,
+    lr: Annotated[float, typer.Option(help="Learning rate of Adam; the paper's is 4e-4.")] = 4e-3,
     warm_up: Annotated[int, typer.Option(help="Steps of linear warm-up. -1: a twentieth of all.")] = -1,
-    decay: Annotated[int, typer.Option(help="Steps of linear decay to 0 at the end. -1: a fifth.")] = -1,
+    decay: Annotated[int, typer.Option(help="Steps of linear decay to 0 at the end. -1: half.")] = -1,
     batch: Annotated[int, typer.Option(help="Tokens in a step.")] = 4096,
     context: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 128,
     keep_special_tokens: Annotated[
@@ -139,7 +139,7 @@ def train(
             standardize_activations=standardize,
             lr=lr,
             lr_warm_up_steps=steps // 20 if warm_up < 0 else warm_up,
-            lr_decay_steps=steps // 5 if decay < 0 else decay,
+            lr_decay_steps=steps // 2 if decay < 0 else decay,
             exclude_special_tokens=not keep_special_tokens,
             use_cached_activations=cache is not None,
             cached_activations_path=str(cache) if cache else None,

@@ -73,7 +73,7 @@ def test_sizes_are_matched(sweep) -> None:
     assert all(transcoder - 2 * D_MODEL - 1 < count <= transcoder for count in counts.values()), counts
     assert {point.architecture: point.d_sae for point in result.points} == {
         "mxd": matched_n_experts(D_MODEL, D_MODEL, 16, 60),
-        "skip_mxd": matched_n_experts(D_MODEL, D_MODEL, 16, 60, skip=True),
+        "skip_mxd": matched_n_experts(D_MODEL, D_MODEL, 8, 60, gated=True, skip=True),
         "topk_transcoder": 60,
         "topk_skip_transcoder": matched_n_features(D_MODEL, D_MODEL, 60),
         "topk_sae": 60,

@@ -10,6 +10,7 @@ from test_mxd import step_input
 import mxd_lens
 from mxd_lens import MxD, SkipMxD, TopKSkipTranscoder, TopKTranscoder, replacement_hooks
 from mxd_lens.architectures import ARCHITECTURES
+from mxd_lens.architectures.mxd import HIDDEN_ACTIVATIONS
 
 D_IN, D_OUT, N, K = 7, 5, 13, 4
 KINDS = {
@@ -70,7 +71,18 @@ def test_output_is_b_at_the_start(kind):
     assert torch.equal(layer(x), layer.b_dec.expand(3, D_OUT))
 
 
-@pytest.mark.parametrize("kind", ["TopKTranscoder", "TopKSkipTranscoder"])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", sorted(HIDDEN_ACTIVATIONS))
+def test_a_skip_mxd_starts_as_a_skip_transcoder(activation, gated):
+    mxd = make("SkipMxD", hidden_activation=activation, gated=gated).requires_grad_(False)
+    transcoder = make("TopKSkipTranscoder").requires_grad_(False)
+    for name, weight in transcoder.named_parameters():
+        torch.nn.init.normal_(weight)
+        getattr(mxd, name).copy_(weight)
+    x = torch.randn(9, D_IN, dtype=torch.float64)
+    torch.testing.assert_close(mxd(x), transcoder(x), rtol=1e-12, atol=1e-12)
+
+
 def test_rows_are_free_in_training(kind):
     layer = make(kind, training=True)
     torch.nn.init.normal_(layer.W_dec, std=2)

@@ -49,7 +49,7 @@ class Size:
     d_in: int
     d_out: int
     d_hidden: int
-    """Width of an MxD's decoder branch."""
+    """Width of an MxD's decoder branch; half of it where the branch is gated."""
     transcoder_width: int
     """Features of the plain transcoder, whose parameter count no other exceeds."""
 
@@ -74,8 +74,11 @@ def _mxd(size: Size, k: int) -> TrainingSAEConfig:
 
 
 def _skip_mxd(size: Size, k: int) -> TrainingSAEConfig:
-    n = matched_n_experts(size.d_in, size.d_out, size.d_hidden, size.transcoder_width, skip=True)
-    return TrainingSkipMxDConfig(d_in=size.d_in, d_out=size.d_out, d_sae=n, d_hidden=size.d_hidden, k=k)
+    d_in, d_out, d_hidden = size.d_in, size.d_out, size.d_hidden // 2
+    n = matched_n_experts(d_in, d_out, d_hidden, size.transcoder_width, gated=True, skip=True)
+    return TrainingSkipMxDConfig(
+        d_in=d_in, d_out=d_out, d_sae=n, d_hidden=d_hidden, hidden_activation="silu", gated=True, k=k
+    )
 
 
 def _transcoder(size: Size, k: int) -> TrainingSAEConfig:
@@ -93,8 +96,8 @@ def _sae(size: Size, k: int) -> TrainingSAEConfig:
 
 
 CONTENDERS: Mapping[str, Contender] = {
-    "mxd": Contender("MxD", _mxd, lr=3e-3),
-    "skip_mxd": Contender("MxD with a skip connection", _skip_mxd, lr=3e-3),
+    "mxd": Contender("MxD", _mxd, lr=4e-3),
+    "skip_mxd": Contender("MxD with a skip connection", _skip_mxd, lr=4e-3),
     "topk_transcoder": Contender("TopK transcoder", _transcoder, lr=4e-3),
     "topk_skip_transcoder": Contender("TopK skip transcoder", _skip_transcoder, lr=4e-3),
     "topk_sae": Contender("TopK SAE on the output", _sae, lr=1e-3, reads="output"),
@@ -230,7 +233,7 @@ def frontier(
         contenders: the architectures, by name.
         seeds: of the initial weights; the order of the tokens is the same for all.
         transcoder_width: features of the transcoder that all are matched to. Default: 8 * d_model.
-        d_hidden: width of the MxDs' decoder branch. Default: 4 * d_model.
+        d_hidden: width of the MxD's decoder branch. Default: 4 * d_model.
         training_tokens: for each layer; a shorter text is repeated.
         batch: tokens in a step.
         layers_at_once: how many are in memory together; each takes four times its weights.
