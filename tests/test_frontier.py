@@ -96,6 +96,7 @@ def test_called_again_it_trains_only_what_is_new(sweep, monkeypatch: pytest.Monk
     assert trained == [point.name for point in again.points if point.k == 4]
     assert {name: r for name, r in reports(again).items() if name in reports(first)} == reports(first)
     assert reports(sweep("at once", ks=[2, 4])) == reports(again)
+    assert reports(sweep(ks=[4])) == reports(again)
 
 
 @pytest.mark.parametrize("layers_at_once", [3, 100])
@@ -162,7 +163,8 @@ def test_a_layer_that_was_lost(sweep, tmp_path: Path) -> None:
     """Trained, but unreadable when it is to be judged."""
     result = sweep(layers=[1], ks=[2])
     name = result.points[0].name
-    (tmp_path / "sweep" / "points" / f"{name}.json").unlink()
+    result.points[0].reports = {}
+    result.save(tmp_path / "sweep" / "frontier.json")
     weights = tmp_path / "sweep" / "trained" / name / "sae_weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     again = sweep(layers=[1], ks=[2])

@@ -50,7 +50,8 @@ class SkipMxD(WithSkip, MxD):
         for weight, bias in branches:
             weight[:, 0] = 0
             bias[0] = 1
-        self.W_out[0] = 1 / HIDDEN_ACTIVATIONS[self.cfg.hidden_activation](torch.ones(()))
+        one = torch.ones((), dtype=torch.float64)
+        self.W_out[0] = 1 / HIDDEN_ACTIVATIONS[self.cfg.hidden_activation](one)
 
 
 @dataclass(kw_only=True)

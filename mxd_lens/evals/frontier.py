@@ -144,7 +144,11 @@ class Frontier:
     def save(self, path: str | Path) -> None:
         """Writes everything as JSON."""
         known = {"settings": self.settings, "points": [point.to_dict() for point in self.points]}
-        _write_json(Path(path), known)
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}")
+        partial.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
 
     @classmethod
     def load(cls, path: str | Path) -> "Frontier":
@@ -220,8 +224,8 @@ def frontier(
     further epochs and for what does not fit into memory at once. A sweep that was interrupted goes on
     where it was, and one that is called again with more layers, Ks or seeds trains only those.
 
-    Writes into `output` frontier.json with everything measured, points/NAME.json as soon as a point is
-    measured, and trained/NAME, the layers themselves, as folders that SAELens reads.
+    Writes into `output` frontier.json with everything measured so far, and trained/NAME, the layers
+    themselves, as folders that SAELens reads.
 
     Args:
         model: any hooked model.
@@ -276,18 +280,29 @@ def frontier(
         for point in points
     }
     result = Frontier(_settings(size, shared, held_out, contenders), points)
-    _refuse_other_sweep(output, result.settings)
-    measured = {name: known for name in cfgs if (known := _measured(output, name)) is not None}
-    result.points = [measured.get(point.name, point) for point in points]
+    if (output / FRONTIER_FILENAME).is_file():
+        known = Frontier.load(output)
+        _refuse_other_sweep(output, known.settings, result.settings)
+        measured = {point.name: point for point in known.points if point.reports}
+        result.points = [measured.get(point.name, point) for point in points]
+        # Points of an earlier call that this one does not ask for.
+        asked = set(cfgs)
+        result.points += [point for point in measured.values() if point.name not in asked]
+        result.settings["labels"] = known.settings["labels"] | result.settings["labels"]
+        result.settings["lr"] = known.settings["lr"] | result.settings["lr"]
 
     def judge(names: Iterable[str]) -> None:
         wanted = set(names)
-        _judge([point for point in result.points if point.name in wanted], model, held_out, output)
-        result.save(output / FRONTIER_FILENAME)
+        together: dict[tuple[int, int], list[Point]] = {}
+        for point in result.points:
+            if point.name in wanted:
+                together.setdefault((point.layer, point.k), []).append(point)
+        for points in together.values():
+            _judge(points, model, held_out, output)
+            result.save(output / FRONTIER_FILENAME)
 
-    output.mkdir(parents=True, exist_ok=True)
     result.save(output / FRONTIER_FILENAME)
-    todo = {name: cfg for name, cfg in cfgs.items() if name not in measured}
+    todo = {point.name: cfgs[point.name] for point in result.points if not point.reports}
     judge(name for name in todo if _is_trained(output, name))
     todo = {name: cfg for name, cfg in todo.items() if not _is_trained(output, name)}
     for names in _groups(output / "checkpoints", todo, layers_at_once):
@@ -309,6 +324,7 @@ def frontier(
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
         for point in result.points:
             point.failure = runner.failures.get(point.name, point.failure)
+        result.save(output / FRONTIER_FILENAME)
         judge(name for name in names if name not in runner.failures)
     return result
 
@@ -348,11 +364,7 @@ def _settings(
     }
 
 
-def _refuse_other_sweep(output: Path, settings: Mapping[str, Any]) -> None:
-    file = output / FRONTIER_FILENAME
-    if not file.is_file():
-        return
-    known = Frontier.load(file).settings
+def _refuse_other_sweep(output: Path, known: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     ours = json.loads(json.dumps(settings))
     changed = [
         f"{name}: {known.get(name)!r} then, {ours[name]!r} now"
@@ -387,41 +399,25 @@ def _judge(
     held_out: Mapping[str, Int[Tensor, "sequences positions"]],
     output: Path,
 ) -> None:
-    """Fills in the points' reports, and writes each down. Points of one layer and k share passes."""
-    by_place: dict[tuple[int, int], list[Point]] = {}
+    """Fills in the reports of points that are trained, on shared passes of the language model."""
+    saes = {}
     for point in points:
-        by_place.setdefault((point.layer, point.k), []).append(point)
-    for together in by_place.values():
-        saes = {}
-        for point in together:
-            try:
-                sae = SAE.load_from_disk(output / "trained" / point.name)
-            except (OSError, ValueError, SafetensorError) as e:
-                point.failure = f"{type(e).__name__}: {e}"
-                logger.error("%s cannot be read. %s", point.name, e)
-                continue
-            point.d_sae, point.n_parameters = sae.cfg.d_sae, sum(p.numel() for p in sae.parameters())
-            saes[point.name] = sae
-        if not saes:
+        try:
+            sae = SAE.load_from_disk(output / "trained" / point.name)
+        except (OSError, ValueError, SafetensorError) as e:
+            point.failure = f"{type(e).__name__}: {e}"
+            logger.error("%s cannot be read. %s", point.name, e)
             continue
-        reports = {text: evaluate_all(saes, model, tokens) for text, tokens in held_out.items()}
-        for point in together:
-            if point.name in saes:
-                point.reports = {text: judged[point.name] for text, judged in reports.items()}
-                _write_json(output / "points" / f"{point.name}.json", point.to_dict())
+        point.d_sae, point.n_parameters = sae.cfg.d_sae, sum(p.numel() for p in sae.parameters())
+        saes[point.name] = sae
+    if not saes:
+        return
+    reports = {text: evaluate_all(saes, model, tokens) for text, tokens in held_out.items()}
+    for point in points:
+        if point.name in saes:
+            point.failure = None
+            point.reports = {text: judged[point.name] for text, judged in reports.items()}
 
 
 def _is_trained(output: Path, name: str) -> bool:
     return (output / "trained" / name / SAE_CFG_FILENAME).is_file()
-
-
-def _measured(output: Path, name: str) -> Point | None:
-    file = output / "points" / f"{name}.json"
-    return Point.from_dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
-
-
-def _write_json(path: Path, known: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
