@@ -100,7 +100,7 @@ CONTENDERS: Mapping[str, Contender] = {
     "skip_mxd": Contender("MxD with a skip connection", _skip_mxd, lr=4e-3),
     "topk_transcoder": Contender("TopK transcoder", _transcoder, lr=4e-3),
     "topk_skip_transcoder": Contender("TopK skip transcoder", _skip_transcoder, lr=4e-3),
-    "topk_sae": Contender("TopK SAE on the output", _sae, lr=1e-3, reads="output"),
+    "topk_sae": Contender("TopK SAE on the output", _sae, lr=4e-3, reads="output"),
 }
 """The architectures that `frontier` compares, by name."""
 
