@@ -68,6 +68,8 @@ def training_figure(history: HISTORY) -> go.Figure:
         figure.add_scatter(x=tokens, y=values, mode="lines", line_color=colour, name=name, row=1, col=column)
         figure.update_xaxes(title_text="tokens", row=1, col=column)
         figure.update_yaxes(rangemode="tozero", row=1, col=column)
+    # A single dead expert should not fill the panel.
+    figure.update_yaxes(range=[0, max(20.0, *(1.05 * entry["dead"] for entry in history))], row=1, col=2)
     return style(figure, 330)
 
 
