@@ -1,6 +1,7 @@
 """The frontier in results/: four architectures and the SkipMxD, six Ks, three layers of SmolLM2-135M.
 
     python -m benchmarks.frontier --text FOLDER --output FOLDER [--layers 12,2,11] [--k 32,8,128,16,64,256]
+        [--architectures mxd,skip_mxd,topk_transcoder,topk_skip_transcoder,topk_sae]
 
 FOLDER holds WikiText-2's valid.txt and test.txt, prepared as `benchmarks.wikitext` says: the first
 sequences are held out, the rest is trained on. The second text to judge on is the Brown corpus, which
@@ -30,11 +31,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--layers", type=integers, default=[12, 2, 11])
     parser.add_argument("--k", type=integers, default=[32, 8, 128, 16, 64, 256])
+    parser.add_argument("--architectures", default=",".join(CONTENDERS))
     parser.add_argument("--seeds", type=integers, default=[0])
-    parser.add_argument("--sequences", type=int, default=24, help="held-out sequences of each text")
+    parser.add_argument("--sequences", type=int, default=16, help="held-out sequences of each text")
     parser.add_argument("--raw", action="store_true", help="the paper's recipe: no standardised activations")
     args = parser.parse_args()
 
+    contenders = {name: CONTENDERS[name] for name in args.architectures.split(",")}
     model = load_model(SMOLLM2)
     sequences = wikitext_sequences(args.text, model.tokenizer)
     held_out = {
@@ -48,9 +51,10 @@ def main() -> None:
         args.output,
         layers=args.layers,
         ks=args.k,
+        contenders=contenders,
         seeds=args.seeds,
         training_tokens=TRAINING_TOKENS,
-        layers_at_once=len(CONTENDERS) * len(args.seeds),
+        layers_at_once=len(contenders) * len(args.seeds),
         text_name="WikiText-2",
         run_settings={
             "exclude_special_tokens": [BOS],
