@@ -2,14 +2,16 @@
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import D_MODEL, HOOK_IN, HOOK_OUT
 from datasets import Dataset
-from sae_lens import HookedSAETransformer
+from sae_lens import HookedSAETransformer, TopKTrainingSAEConfig
 from test_store import run_config
 from torch import Tensor
 
@@ -127,14 +129,16 @@ def texts(words: list[str]) -> list[str]:
 
 
 def cached_store(model: Any, texts: list[str], folder: Path, **changes: Any) -> PairedActivationsStore:
-    settings = {
+    cfg = run_config(**(cache_settings(folder) | changes))
+    return PairedActivationsStore.from_config(model, cfg, Dataset.from_dict({"text": texts}))
+
+
+def cache_settings(folder: Path) -> dict[str, Any]:
+    return {
         "use_cached_activations": True,
         "cached_activations_path": str(folder),
         "cached_activations_dtype": "float32",
-    } | changes
-    return PairedActivationsStore.from_config(
-        model, run_config(**settings), Dataset.from_dict({"text": texts})
-    )
+    }
 
 
 def take(store: Iterator[Tensor], n: int) -> Tensor:
@@ -251,6 +255,19 @@ def test_a_cache_of_another_run_is_refused(
     next(cached_store(tiny_model, texts, tmp_path))
     with pytest.raises(ValueError, match="another model, layer, text or tokenisation"):
         cached_store(tiny_model, texts, tmp_path, **change)
+
+
+def test_what_is_captured_beside_it_adds_no_order_of_its_own(
+    tiny_model: HookedSAETransformer, texts: list[str], tmp_path: Path
+) -> None:
+    """An SAE on a hook that is captured anyway, first, last or not at all."""
+    text = Dataset.from_dict({"text": texts})
+    cfg = run_config(**cache_settings(tmp_path))
+    sae = replace(cfg, sae=TopKTrainingSAEConfig(d_in=D_MODEL, d_sae=24, k=3), hook_name=cfg.hook_name_out)
+    next(PairedActivationsStore.from_config(tiny_model, cfg, text))
+    for first, beside in [(cfg, [sae]), (sae, [cfg])]:
+        store = PairedActivationsStore.from_config(tiny_model, first, text, beside)
+        assert store.hook_names == [HOOK_IN, HOOK_OUT]
 
 
 @pytest.mark.parametrize("what", ["weights", "text"])

@@ -142,7 +142,10 @@ class PairedActivationsStore(ActivationsStore):
                 f"context_size is {cfg.context_size}; {model.cfg.model_name} reads {model.cfg.n_ctx} tokens."
             )
         runs = (cfg, *beside)
-        widths = {name: width for run in reversed(runs) for name, width in run.hook_widths.items()}
+        # In an order of its own: what is trained first, or an SAE on a hook that is captured anyway,
+        # does not change what a cache holds.
+        ordered = sorted(runs, key=lambda run: (-len(run.hook_widths), run.hook_name, run.hook_name_out))
+        widths = {name: width for run in ordered for name, width in run.hook_widths.items()}
         hooks = {name: hook_point_name(model, name) for name in widths}
         excluded = special_token_ids(model, cfg.exclude_special_tokens)
         with warnings.catch_warnings():
