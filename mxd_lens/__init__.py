@@ -1,7 +1,7 @@
 """Mixtures of Decoders and transcoders for SAELens and TransformerLens.
 
-The names below are loaded when they are first used; the architectures are registered with SAELens
-when both packages are imported, in whichever order.
+The names below are loaded when they are first used; the architectures and the bundled releases are
+registered with SAELens when both packages are imported, in whichever order.
 """
 
 import importlib
@@ -11,10 +11,12 @@ import wrapt
 
 if TYPE_CHECKING:
     from mxd_lens.architectures import (
+        JumpReLUSkipTranscoder,
         MxD,
         MxDConfig,
         SkipMxD,
         SkipMxDConfig,
+        SkipTranscoder,
         TopKSkipTranscoder,
         TopKSkipTranscoderConfig,
         TopKTranscoder,
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from mxd_lens.evals.frontier import frontier
     from mxd_lens.hooks import replacement_hooks
     from mxd_lens.models import load_model
+    from mxd_lens.pretrained.registry import list_pretrained, register_release
     from mxd_lens.training.activations import PairedActivationsStore
     from mxd_lens.training.runner import TranscoderRunnerConfig, TranscoderTrainingRunner
 
@@ -43,6 +46,7 @@ _MODULES = (
     "architectures",
     "models",
     "hooks",
+    "pretrained.registry",
     "training.activations",
     "training.runner",
     "evals.faithfulness",
@@ -51,11 +55,13 @@ _MODULES = (
 
 __all__ = [
     "FaithfulnessReport",
+    "JumpReLUSkipTranscoder",
     "MxD",
     "MxDConfig",
     "PairedActivationsStore",
     "SkipMxD",
     "SkipMxDConfig",
+    "SkipTranscoder",
     "TopKSkipTranscoder",
     "TopKSkipTranscoderConfig",
     "TopKTranscoder",
@@ -72,9 +78,11 @@ __all__ = [
     "TranscoderTrainingRunner",
     "evaluate",
     "frontier",
+    "list_pretrained",
     "load_model",
     "matched_n_experts",
     "matched_n_features",
+    "register_release",
     "replacement_hooks",
 ]
 
@@ -92,6 +100,11 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
 
 
-# `SAE.load_from_disk` must know the architectures, and `mxd-lens --help` must not wait for SAELens:
-# they are registered now if SAELens is there, else when it is.
-wrapt.register_post_import_hook(lambda _: importlib.import_module("mxd_lens.architectures"), "sae_lens")
+def _tell_saelens(_: Any) -> None:
+    importlib.import_module("mxd_lens.architectures")
+    importlib.import_module("mxd_lens.pretrained.registry").register_with_saelens()
+
+
+# `SAE.load_from_disk` and `SAE.from_pretrained` must know the architectures and the releases, and
+# `mxd-lens --help` must not wait for SAELens: they are registered now if SAELens is there, else when it is.
+wrapt.register_post_import_hook(_tell_saelens, "sae_lens")

@@ -266,6 +266,16 @@ def frontier(
             raise typer.Exit(1)
 
 
+@app.command()
+def pretrained() -> None:
+    """List the layers that can be loaded by name."""
+    from rich.console import Console
+
+    from mxd_lens import list_pretrained
+
+    Console().print(list_pretrained())
+
+
 def integers(text: str) -> list[int]:
     """The numbers in "1,2,3"."""
     try:

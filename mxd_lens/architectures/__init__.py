@@ -9,6 +9,7 @@ from mxd_lens.architectures.mxd import (
     TrainingMxDConfig,
     matched_n_experts,
 )
+from mxd_lens.architectures.released import JumpReLUSkipTranscoder, SkipTranscoder
 from mxd_lens.architectures.skip_mxd import (
     SkipMxD,
     SkipMxDConfig,
@@ -48,10 +49,12 @@ for inference, inference_config, training, training_config in ARCHITECTURES:
 
 __all__ = [
     "ARCHITECTURES",
+    "JumpReLUSkipTranscoder",
     "MxD",
     "MxDConfig",
     "SkipMxD",
     "SkipMxDConfig",
+    "SkipTranscoder",
     "TopKSkipTranscoder",
     "TopKSkipTranscoderConfig",
     "TopKTranscoder",

@@ -136,6 +136,17 @@ class EncodedInputs:
         self._waiting, self._others_wait = None, False
         return sae_in
 
+    def resolve(self, feature_acts: Tensor, x: Tensor | None) -> Tensor:
+        """x, or where it is None the input of `feature_acts`. Raises ValueError where it does not fit."""
+        sae_in = self.recall(feature_acts) if x is None else x
+        if feature_acts.shape[:-1] != sae_in.shape[:-1]:
+            raise ValueError(
+                f"activations of shape {tuple(feature_acts.shape)} do not belong to an input of "
+                f"shape {tuple(sae_in.shape)}: pass the input they were encoded from, "
+                "decode(feature_acts, x)."
+            )
+        return sae_in
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "EncodedInputs":
         return EncodedInputs()
 
@@ -280,17 +291,10 @@ class PairedTranscoder(Transcoder):
             raise ValueError(
                 f"expected activations [..., d_sae = {self.cfg.d_sae}], got {tuple(feature_acts.shape)}."
             )
-        if x is None:
-            sae_in = self._encoded.recall(feature_acts)
-        else:
+        if x is not None:
             self.check_input(x)
-            sae_in = x.to(self.dtype)
-        if feature_acts.shape[:-1] != sae_in.shape[:-1]:
-            raise ValueError(
-                f"activations of shape {tuple(feature_acts.shape)} do not belong to an input of "
-                f"shape {tuple(sae_in.shape)}: pass the input they were encoded from, "
-                "decode(feature_acts, x)."
-            )
+            x = x.to(self.dtype)
+        sae_in = self._encoded.resolve(feature_acts, x)
         return self.hook_sae_recons(self.mix(feature_acts @ self.W_dec, sae_in))
 
     @override

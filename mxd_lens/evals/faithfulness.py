@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from rich.table import Table
-from sae_lens import SAE
+from sae_lens import SAE, Transcoder
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -480,9 +480,9 @@ def decompose(
             token_of, slot = values.flatten(0, -2).nonzero(as_tuple=True)
             fired = (token_of, indices.flatten(0, -2)[token_of, slot])
         return mixture, fired, lambda mixture: sae.mix(mixture, x)
-    # SAELens' own layers are additive: the sparse part is what is left without their decoder's bias.
+    # SAELens' own layers are additive, and an SAE's decoder undoes what its encoder normalised.
     a = sae.encode(x)
-    mixture = sae.decode(a) - sae.b_dec
+    mixture = a @ sae.W_dec if isinstance(sae, Transcoder) else sae.decode(a) - sae.b_dec
     rest = sae(x) - mixture
     return mixture, a.flatten(0, -2).nonzero(as_tuple=True), lambda mixture: rest + mixture
 

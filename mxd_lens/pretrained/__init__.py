@@ -1,0 +1,1 @@
+"""Layers that somebody has trained: releases by name, files of other code, the Hugging Face hub."""
