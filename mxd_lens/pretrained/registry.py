@@ -190,8 +190,8 @@ def _local_release(name: str, folder: Path, saes: Mapping[str, str] | Iterable[s
 
 @cache
 def _bundled() -> dict[str, Release]:
-    folders = sorted(folder for folder in BUNDLED.iterdir() if folder.is_dir())
-    return {folder.name: _local_release(folder.name, folder) for folder in folders}
+    names = sorted({config.relative_to(BUNDLED).parts[0] for config in BUNDLED.rglob(SAE_CFG_FILENAME)})
+    return {name: _local_release(name, BUNDLED / name) for name in names}
 
 
 def _describe(release: str, sae_id: str, source: str, folder: Path) -> PretrainedLayer:
