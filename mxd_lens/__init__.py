@@ -32,8 +32,11 @@ if TYPE_CHECKING:
     )
     from mxd_lens.evals.faithfulness import FaithfulnessReport, evaluate
     from mxd_lens.evals.frontier import frontier
+    from mxd_lens.experts import logit_lens
     from mxd_lens.hooks import replacement_hooks
     from mxd_lens.models import load_model
+    from mxd_lens.reading import find_experts, top_experts
+    from mxd_lens.statistics import ExpertStatistics, expert_statistics
     from mxd_lens.training.activations import PairedActivationsStore
     from mxd_lens.training.runner import TranscoderRunnerConfig, TranscoderTrainingRunner
 
@@ -43,6 +46,9 @@ _MODULES = (
     "architectures",
     "models",
     "hooks",
+    "reading",
+    "statistics",
+    "experts",
     "training.activations",
     "training.runner",
     "evals.faithfulness",
@@ -50,6 +56,7 @@ _MODULES = (
 )
 
 __all__ = [
+    "ExpertStatistics",
     "FaithfulnessReport",
     "MxD",
     "MxDConfig",
@@ -71,11 +78,15 @@ __all__ = [
     "TranscoderRunnerConfig",
     "TranscoderTrainingRunner",
     "evaluate",
+    "expert_statistics",
+    "find_experts",
     "frontier",
     "load_model",
+    "logit_lens",
     "matched_n_experts",
     "matched_n_features",
     "replacement_hooks",
+    "top_experts",
 ]
 
 
