@@ -181,11 +181,6 @@ class ExpertStatistics(Tabular):
             elif f.name == "coefficient_max":
                 summed[f.name] = torch.maximum(mine, theirs.to(mine))
             elif isinstance(mine, Tensor) and f.name != "watched":
-                if mine.shape != theirs.shape:
-                    raise ValueError(
-                        "These statistics do not add up: their "
-                        f"{f.name} are {tuple(mine.shape)} and {tuple(theirs.shape)}."
-                    )
                 summed[f.name] = mine + theirs.to(mine)
             else:
                 same = torch.equal(mine, theirs.to(mine)) if isinstance(mine, Tensor) else mine == theirs

@@ -197,7 +197,7 @@ def test_statistics_that_do_not_belong_together(tiny_model, tokens, tmp_path):
     other.W_dec[0, 0] += 1
     with pytest.raises(ValueError, match="fingerprint"):
         _ = statistics + ExpertStatistics.of(other, watched=[1])
-    with pytest.raises(ValueError, match="fired_together"):
+    with pytest.raises(ValueError, match="watched"):
         _ = statistics + ExpertStatistics.of(sae, watched=[1, 2])
     with pytest.raises(ValueError, match="watched"):
         _ = statistics + ExpertStatistics.of(sae, watched=[2])
