@@ -4,9 +4,9 @@ How experts are used on a text is in `statistics`; which fire on a prompt, in `r
 direction, which the logit lens and the neurons are asked about, is `ExpertStatistics.mean_direction`.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -304,29 +304,43 @@ def direction_logits(model: Any, directions: Float[Tensor, "n d_model"]) -> Floa
             f"expected directions [..., d_model = {len(W_U)}], got {tuple(directions.shape)}: only a layer "
             "that writes into the residual stream has a logit lens."
         )
-    weight, centres = final_norm(model)
-    directions = directions.to(W_U)
-    if centres:
-        directions = directions - directions.mean(-1, keepdim=True)
-    return (directions * weight) @ W_U
+    return read_norm(model.ln_final, W_U).before_scale(directions.to(W_U)) @ W_U
+
+
+class Norm(NamedTuple):
+    """A layer norm or RMS norm: weight * (r [- mean r]) / scale(r) + bias."""
+
+    weight: Float[Tensor, " d_model"]
+    """Ones where it has been folded into what follows."""
+    bias: Float[Tensor, " d_model"]
+    """Zeros for an RMS norm."""
+    centres: bool
+    """Whether the mean is subtracted, as in a layer norm."""
+
+    def before_scale(self, r: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """weight * (r [- mean r]): linear in r, as is the norm itself where its scale is held fixed."""
+        return self.weight * (r - r.mean(-1, keepdim=True) if self.centres else r)
 
 
 @torch.no_grad()
-def final_norm(model: Any) -> tuple[Float[Tensor, " d_model"], bool]:
-    """The weight of the model's final norm, and whether it subtracts the mean.
+def read_norm(norm: Callable[[Tensor], Tensor], like: Float[Tensor, "d_model *other"]) -> Norm:
+    """What a norm of a model does, found by doing it.
 
-    Both are found by what the norm does to a vector of zero mean and unit root mean square, to its
-    negative and to the vector with 1 added: each library, and each family of models, keeps the weight in
-    a form of its own (folded away; less 1; under another name).
+    To a vector of zero mean and unit root mean square, to its negative, and to the vector with 1 added: each
+    library, and each family of models, keeps the weight in a form of its own (folded away; less 1; under
+    another name). Right to the norm's epsilon, 1e-5 or less of the weight.
+
+    Args:
+        norm: the norm's module.
+        like: a tensor as long as the residual stream is wide, of the model's dtype and device.
     """
-    W_U = model.W_U
-    probe = torch.ones(len(W_U), dtype=W_U.dtype, device=W_U.device)
+    probe = torch.ones(len(like), dtype=like.dtype, device=like.device)
     probe[1::2] = -1
     probe = probe - probe.mean()
     probe = probe / probe.pow(2).mean().sqrt()
-    plus, minus, moved = (model.ln_final(v.view(1, 1, -1)).view(-1) for v in (probe, -probe, probe + 1))
-    centres = (moved - plus).norm() < 0.01 * (plus - minus).norm()
-    return (plus - minus) / (2 * probe), bool(centres)
+    plus, minus, moved = (norm(v.view(1, 1, -1)).view(-1) for v in (probe, -probe, probe + 1))
+    centres = bool((moved - plus).norm() < 0.01 * (plus - minus).norm())
+    return Norm((plus - minus) / (2 * probe), (plus + minus) / 2, centres)
 
 
 @dataclass(frozen=True)

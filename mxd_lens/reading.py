@@ -187,7 +187,7 @@ def layer_input(
         ValueError: the layer was trained on another model, or on a hook this one lacks.
     """
     check_trained_on(sae, model)
-    name = _input_hook(sae, model)
+    name = input_hook(sae, model)
     captured: list[Tensor] = []
     model.run_with_hooks(
         tokens.to(model.cfg.device),
@@ -219,7 +219,12 @@ def kept_inputs(
         yield x[~torch.isin(batch, excluded.to(batch)).to(x.device)]
 
 
-def _input_hook(sae: SAE[Any], model: Any) -> str:
+def input_hook(sae: SAE[Any], model: Any) -> str:
+    """The hook point at which this model has the layer's input, attached or not.
+
+    Raises:
+        ValueError: the model has no such hook point.
+    """
     name, _ = hook_names(sae)
     for candidate in equivalent_hook_names(name):
         # An ordinary SAE that is attached stands in the place of the hook point it reads.

@@ -14,9 +14,9 @@ from mxd_lens import ExpertStatistics, MxD, SkipMxD, expert_statistics, load_mod
 from mxd_lens.experts import (
     coactive_experts,
     direction_logits,
-    final_norm,
     mean_gate_share,
     nearest_neurons,
+    read_norm,
     similar_experts,
     spectrum,
 )
@@ -340,9 +340,10 @@ def reweight(model, seed: int = 0) -> torch.Tensor:
 
 def test_logit_lens(any_model):
     weight = reweight(any_model)
-    found, centres = final_norm(any_model)
-    close(found, weight, 1e-4)
-    assert not centres
+    norm = read_norm(any_model.ln_final, any_model.W_U)
+    close(norm.weight, weight, 1e-4)
+    close(norm.bias, torch.zeros(D_MODEL), 1e-6)
+    assert not norm.centres
     directions = torch.randn(3, D_MODEL, generator=torch.Generator().manual_seed(2))
     logits = torch.zeros(3, any_model.W_U.shape[1], dtype=torch.float64)
     for i, direction in enumerate(directions):
@@ -386,9 +387,10 @@ def test_a_layer_norm_subtracts_the_mean(tiny_model, kind):
     if kind == "LN":
         weight = reweight(tiny_model)
         tiny_model.ln_final.b.data += 3
-    found, centres = final_norm(tiny_model)
-    assert centres
-    close(found, weight, 1e-4)
+    norm = read_norm(tiny_model.ln_final, tiny_model.W_U)
+    assert norm.centres
+    close(norm.weight, weight, 1e-4)
+    close(norm.bias, torch.full((D_MODEL,), 3.0 if kind == "LN" else 0.0), 1e-5)
     direction = torch.randn(1, D_MODEL)
     expected = ((direction - direction.mean()) * weight) @ tiny_model.W_U
     close(direction_logits(tiny_model, direction), expected, 1e-4)
@@ -471,10 +473,10 @@ def test_one_library_and_the_other_agree_on_the_real_model(smollm2):
     from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 
     bridge = load_model(SMOLLM2, model_class=SAETransformerBridge)
-    weight, centres = final_norm(smollm2)
-    assert not centres
-    torch.testing.assert_close(weight, smollm2.ln_final.w, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(final_norm(bridge)[0], weight, rtol=1e-4, atol=1e-5)
+    for model in (smollm2, bridge):
+        norm = read_norm(model.ln_final, model.W_U)
+        assert not norm.centres
+        torch.testing.assert_close(norm.weight, smollm2.ln_final.w, rtol=1e-4, atol=1e-5)
     directions = smollm2.blocks[12].mlp.W_out[:4]
     ours, theirs = (logit_lens(m, directions.detach(), k=5) for m in (smollm2, bridge))
     assert ours.promoted == theirs.promoted
