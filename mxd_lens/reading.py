@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from sae_lens import SAE, SkipTranscoder
+from sae_lens import SAE
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mxd_lens.architectures.base import PairedTranscoder
+from mxd_lens.architectures.base import EncodedInputs, PairedTranscoder
 from mxd_lens.architectures.mxd import MxD
 from mxd_lens.hooks import check_trained_on, hook_names
 from mxd_lens.models import equivalent_hook_names, hook_point_name
@@ -82,7 +82,7 @@ def take_apart(sae: SAE[Any], x: Float[Tensor, "tokens d_in"]) -> Parts:
     directions = expert_directions(sae)
     coefficients, experts = active_experts(sae, x)
     decoder_out = sae.hidden(x) @ sae.W_out if isinstance(sae, MxD) else x.new_ones(len(x), 1)
-    skip = x @ sae.W_skip.T if isinstance(sae, SkipTranscoder) else None
+    skip = x @ sae.W_skip.T if hasattr(sae, "W_skip") else None
     return Parts(coefficients, experts, directions, decoder_out, skip, sae.b_dec)
 
 
@@ -116,14 +116,23 @@ def active_experts(
     n is k for a layer that has one. For the others it is the largest number active on any token, and a
     token with fewer is filled up with experts whose coefficient is 0.
     """
-    if isinstance(sae, PairedTranscoder):
-        if sae.cfg.k is not None:
-            return sae.active_experts(x)
-        a = torch.relu(x.to(sae.dtype) @ sae.W_enc + sae.b_enc)
-    else:
-        a = sae.encode(x)
+    if isinstance(sae, PairedTranscoder) and sae.cfg.k is not None:
+        return sae.active_experts(x)
+    a = encode_to_read(sae, x)
     n = int((a > 0).sum(-1).max()) if a.numel() else 0
     return a.topk(n, dim=-1)
+
+
+def encode_to_read(sae: SAE[Any], x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+    """encode(x) that no decode follows: a layer that keeps inputs for its decode does not keep this one."""
+    kept = vars(sae).get("_encoded")
+    if kept is None:
+        return sae.encode(x)
+    sae._encoded = EncodedInputs()
+    try:
+        return sae.encode(x)
+    finally:
+        sae._encoded = kept
 
 
 def contributions(

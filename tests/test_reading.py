@@ -9,7 +9,12 @@ from conftest import D_MODEL, HOOK_OUT
 from rich.console import Console
 from sae_lens import SkipTranscoder, TopKSAE, TopKSAEConfig, Transcoder
 from sae_lens.saes.sae import SAEMetadata
-from sae_lens.saes.transcoder import SkipTranscoderConfig, TranscoderConfig
+from sae_lens.saes.transcoder import (
+    JumpReLUSkipTranscoder,
+    JumpReLUSkipTranscoderConfig,
+    SkipTranscoderConfig,
+    TranscoderConfig,
+)
 from test_attach import MODELS, PROMPT
 
 from mxd_lens import (
@@ -35,7 +40,12 @@ OURS = {
     "topk_transcoder": (TopKTranscoder, TopKTranscoderConfig, {}),
     "topk_skip_transcoder": (TopKSkipTranscoder, TopKSkipTranscoderConfig, {}),
 }
-SAELENS = ["saelens transcoder", "saelens skip_transcoder", "saelens topk", "saelens topk rescaled"]
+SAELENS_TRANSCODERS = {
+    "saelens transcoder": (Transcoder, TranscoderConfig),
+    "saelens skip_transcoder": (SkipTranscoder, SkipTranscoderConfig),
+    "saelens jumprelu_skip_transcoder": (JumpReLUSkipTranscoder, JumpReLUSkipTranscoderConfig),
+}
+SAELENS = [*SAELENS_TRANSCODERS, "saelens topk", "saelens topk rescaled"]
 LAYERS = [f"{name}, {k}" for name in OURS for k in ("k", "relu")] + SAELENS
 
 
@@ -44,9 +54,8 @@ def make_layer(kind: str, dtype: str = "float64", d_model: int = D_MODEL, layer:
     settings = {"d_in": d_model, "d_sae": D_SAE, "dtype": dtype}
     hooks = {"hook_name": f"blocks.{layer}.mlp.hook_in", "hook_name_out": f"blocks.{layer}.hook_mlp_out"}
     metadata = SAEMetadata(**hooks, exclude_special_tokens=True)
-    if kind in ("saelens transcoder", "saelens skip_transcoder"):
-        skip = kind.endswith("skip_transcoder")
-        made, config = (SkipTranscoder, SkipTranscoderConfig) if skip else (Transcoder, TranscoderConfig)
+    if kind in SAELENS_TRANSCODERS:
+        made, config = SAELENS_TRANSCODERS[kind]
         sae = made(config(d_out=d_model, metadata=metadata, apply_b_dec_to_input=False, **settings))
     elif kind.startswith("saelens"):
         metadata = SAEMetadata(hook_name=HOOK_OUT, exclude_special_tokens=True)
@@ -88,7 +97,7 @@ def written_by(sae, x: torch.Tensor, n: int) -> torch.Tensor:
 
 
 def skip_of(sae, x: torch.Tensor) -> torch.Tensor:
-    return x @ sae.W_skip.T if isinstance(sae, SkipTranscoder) else torch.zeros_like(x)
+    return x @ sae.W_skip.T if "skip" in type(sae).__name__.lower() else torch.zeros_like(x)
 
 
 def close(actual, expected, tolerance: float = 1e-10):
@@ -177,7 +186,7 @@ def check_reading(reading, sae, x, k: int) -> None:
         close(reading.norms[t, :n], written[t, ids].norm(dim=-1))
         skip_share = (skip[t] @ output[t]) / squared[t]
         close(reading.other_shares[t], shares[t].sum() - shares[t, ids].sum())
-        if isinstance(sae, SkipTranscoder):
+        if "skip" in type(sae).__name__.lower():
             close(reading.skip_shares[t], skip_share)
             close(reading.skip_norms[t], skip[t].norm())
         else:
