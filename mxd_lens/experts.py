@@ -231,7 +231,7 @@ class LogitLens(Tabular):
 
     @property
     def columns(self) -> list[str]:
-        return ["of", "rank", "promoted", "logit", "suppressed", "logit "]
+        return ["of", "rank", "promoted", "logit, promoted", "suppressed", "logit, suppressed"]
 
     @property
     def rows(self) -> Iterator[list[Cell]]:
@@ -250,7 +250,7 @@ def logit_lens(
 ) -> LogitLens:
     """The tokens that directions in the residual stream promote and suppress most.
 
-        logit_lens(model, statistics.mean_direction[[5, 17]], names=[5, 17])
+        logit_lens(model, statistics.mean_direction([5, 17]), names=[5, 17])
 
     See `direction_logits` for what is done about the final norm. Logits are given less their mean over
     the vocabulary, which changes no probability.
@@ -404,7 +404,7 @@ def nearest_neurons(
     """
     statistics.check_is_of(sae)
     ids = expert_ids(sae, experts)
-    direction, gate = statistics.mean_direction[ids], sae.W_enc.T[ids]
+    direction, gate = statistics.mean_direction(ids), sae.W_enc.T[ids]
     mlp = mlp_weights(model, hook_names(sae)[1])
     neurons, cosines = {}, {}
     for name, weight in mlp.items():

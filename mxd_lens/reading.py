@@ -169,12 +169,15 @@ def expert_ids(sae: SAE[Any], experts: int | Iterable[int] | Int[Tensor, " n"] |
 
     Raises:
         IndexError: there is no such expert.
+        ValueError: they are no integers; a mask, for one.
     """
     device, d_sae = sae.W_dec.device, sae.cfg.d_sae
     if experts is None:
         return torch.arange(d_sae, device=device)
-    given = experts if isinstance(experts, (int, Tensor)) else list(experts)
-    ids = torch.as_tensor(given, dtype=torch.long, device=device).reshape(-1)
+    given = torch.as_tensor(experts if isinstance(experts, (int, Tensor)) else list(experts))
+    if given.numel() and (given.is_floating_point() or given.dtype == torch.bool):
+        raise ValueError(f"experts are named by their ids, integers; got {given.dtype}.")
+    ids = given.to(device, torch.long).reshape(-1)
     outside = ids[(ids < 0) | (ids >= d_sae)]
     if len(outside):
         raise IndexError(f"expert {int(outside[0])} does not exist: there are {d_sae}, from 0.")
@@ -464,8 +467,8 @@ def find_experts(
     Args:
         model: any hooked model; the layer may be attached to it or not.
         sae: the layer.
-        text_a, text_b: a text, or several. Means are over all tokens that are not special ones, so that a
-            long text counts more than a short one.
+        text_a, text_b: a text, or several; one longer than the model's context is cut. Means are over all
+            tokens that are not special ones, so that a long text counts more than a short one.
         n: how many experts, by the magnitude of the difference; its sign says which text has more.
         progress: whether to show a progress bar.
 

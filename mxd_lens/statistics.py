@@ -261,13 +261,23 @@ class ExpertStatistics(Tabular):
         """exp of the entropy of `load_share`: as many equally used experts would be as evenly used."""
         return torch.special.entr(self.load_share).sum().exp().item()
 
-    @property
-    def mean_direction(self) -> Float[Tensor, "d_sae d_out"]:
+    def mean_direction(
+        self, experts: int | Iterable[int] | Int[Tensor, " n"] | None = None
+    ) -> Float[Tensor, "n d_out"]:
         """sum_t a_n u_n / sum_t a_n: what a coefficient of 1 writes, on the tokens where it fires.
 
         For an MxD c_n * (sum_t a_n D^T z) / sum_t a_n; for a transcoder c_n itself.
+
+        Args:
+            experts: a row each; None for all.
         """
-        return self.direction_sum / self.coefficient_sum.unsqueeze(-1).to(self.direction_sum)
+        if experts is None:
+            rows: Any = slice(None)
+        else:
+            given = experts if isinstance(experts, (int, Tensor)) else list(experts)
+            rows = torch.as_tensor(given, device=self.fired.device).reshape(-1)
+        sums = self.direction_sum[rows]
+        return sums / self.coefficient_sum[rows].unsqueeze(-1).to(sums)
 
     @property
     def consistency(self) -> Float[Tensor, " d_sae"]:
@@ -278,8 +288,8 @@ class ExpertStatistics(Tabular):
         explains. `share_along` is the part that lies along it, which is larger: there, an expert that writes
         along one line with changing length, or sign, still counts as a direction.
         """
-        mean_square = self.weighted_squared_sum / self.coefficient_sum
-        return self.mean_direction.double().pow(2).sum(-1) / mean_square
+        squared_sum = self.direction_sum.pow(2).sum(-1).double()
+        return squared_sum / (self.coefficient_sum * self.weighted_squared_sum)
 
     @property
     def mean_mixture(self) -> Float[Tensor, " d_out"]:

@@ -94,7 +94,7 @@ def check(statistics: ExpertStatistics, sae, x: torch.Tensor, tolerance: float) 
         (statistics.coefficient_sum, "sum"),
         (statistics.coefficient_squared_sum, "squares"),
         (statistics.coefficient_max, "max"),
-        (statistics.mean_direction, "direction"),
+        (statistics.mean_direction(), "direction"),
         (statistics.consistency, "consistency"),
         (statistics.contribution_rms, "contribution"),
     ):
@@ -133,7 +133,7 @@ def test_a_transcoders_mean_direction_is_its_feature(tiny_model, tokens):
     sae = make_layer("topk_skip_transcoder, k")
     statistics = expert_statistics(sae, tiny_model, tokens, progress=False)
     on = statistics.fired > 0
-    close(statistics.mean_direction[on], sae.W_dec[on], 1e-9)
+    close(statistics.mean_direction()[on], sae.W_dec[on], 1e-9)
     close(statistics.consistency[on], torch.ones(int(on.sum()), dtype=torch.float64), 1e-9)
 
 
@@ -159,7 +159,7 @@ def test_dead_and_always_on_experts(tiny_model, rare, tokens):
     assert all(statistics.fired[n] == 0 for n in dead)
     assert statistics.always_on().tolist() == [9]
     assert statistics.always_on(1.0).tolist() == [9]
-    assert statistics.mean_direction[0].isnan().all()
+    assert statistics.mean_direction(0).isnan().all()
     histogram = statistics.density_histogram(bins=10)
     densities = np.log10(statistics.density[statistics.fired > 0].numpy())
     counts, edges = np.histogram(densities, bins=10, range=(-np.log10(statistics.n_tokens), 0))
@@ -417,7 +417,7 @@ def test_nearest_neurons(any_model, tokens, kind):
         weight = weight.detach().double()
         assert weight.shape == (32, D_MODEL)
         for i, n in enumerate(experts):
-            mine = statistics.mean_direction[n] if name == "output" else sae.W_enc[:, n]
+            mine = statistics.mean_direction(n)[0] if name == "output" else sae.W_enc[:, n]
             cosines = [(mine @ row / mine.norm() / row.norm()).item() for row in weight]
             expected = sorted(range(32), key=lambda j: -abs(cosines[j]))[:3]
             assert found.neurons[name][i].tolist() == expected
@@ -458,7 +458,7 @@ def test_every_result_prints(tiny_model, tokens):
         similar_experts(sae, [1, 2], k=3),
         coactive_experts(statistics, k=3),
         nearest_neurons(tiny_model, sae, statistics, n),
-        lens := logit_lens(tiny_model, statistics.mean_direction[n], k=3, names=[n]),
+        lens := logit_lens(tiny_model, statistics.mean_direction(n), k=3, names=[n]),
     ]
     for result in results:
         console = Console(file=StringIO(), width=150)

@@ -140,6 +140,12 @@ def test_an_expert_that_does_not_exist_is_said(x, experts):
         contributions(make_layer("mxd, k"), x, experts)
 
 
+@pytest.mark.parametrize("experts", [[1.5], torch.arange(D_SAE) < 3])
+def test_experts_that_are_no_ids_are_said(x, experts):
+    with pytest.raises(ValueError, match=r"by their ids, integers; got torch\.(float32|bool)"):
+        contributions(make_layer("mxd, k"), x, experts)
+
+
 @pytest.mark.parametrize("kind", ["mxd, k", "saelens transcoder"])
 def test_another_width_is_said(kind):
     with pytest.raises(ValueError, match=r"d_in = 16\], got \(5, 17\)"):
