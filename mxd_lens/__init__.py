@@ -34,9 +34,12 @@ if TYPE_CHECKING:
     )
     from mxd_lens.evals.faithfulness import FaithfulnessReport, evaluate
     from mxd_lens.evals.frontier import frontier
+    from mxd_lens.experts import logit_lens
     from mxd_lens.hooks import replacement_hooks
     from mxd_lens.models import load_model
     from mxd_lens.pretrained.registry import list_pretrained, register_release
+    from mxd_lens.reading import find_experts, top_experts
+    from mxd_lens.statistics import ExpertStatistics, expert_statistics
     from mxd_lens.training.activations import PairedActivationsStore
     from mxd_lens.training.runner import TranscoderRunnerConfig, TranscoderTrainingRunner
 
@@ -47,6 +50,9 @@ _MODULES = (
     "models",
     "hooks",
     "pretrained.registry",
+    "reading",
+    "statistics",
+    "experts",
     "training.activations",
     "training.runner",
     "evals.faithfulness",
@@ -54,6 +60,7 @@ _MODULES = (
 )
 
 __all__ = [
+    "ExpertStatistics",
     "FaithfulnessReport",
     "JumpReLUSkipTranscoder",
     "MxD",
@@ -77,13 +84,17 @@ __all__ = [
     "TranscoderRunnerConfig",
     "TranscoderTrainingRunner",
     "evaluate",
+    "expert_statistics",
+    "find_experts",
     "frontier",
     "list_pretrained",
     "load_model",
+    "logit_lens",
     "matched_n_experts",
     "matched_n_features",
     "register_release",
     "replacement_hooks",
+    "top_experts",
 ]
 
 

@@ -80,6 +80,11 @@ def check_fits(sae: SAE[Any], model: Any) -> None:
     """Raises ValueError where a layer was trained on another model, or on hooks this one lacks."""
     for name in hook_names(sae):
         hook_point_name(model, name)
+    check_trained_on(sae, model)
+
+
+def check_trained_on(sae: SAE[Any], model: Any) -> None:
+    """Raises ValueError where a layer was trained on another model."""
     trained_on = sae.cfg.metadata.model_name
     if trained_on and not is_same_model(trained_on, model.cfg.model_name):
         raise ValueError(

