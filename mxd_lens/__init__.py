@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from mxd_lens.evals.faithfulness import FaithfulnessReport, evaluate
     from mxd_lens.evals.frontier import frontier
     from mxd_lens.hooks import replacement_hooks
+    from mxd_lens.interventions import ablate, steer
     from mxd_lens.models import load_model
     from mxd_lens.training.activations import PairedActivationsStore
     from mxd_lens.training.runner import TranscoderRunnerConfig, TranscoderTrainingRunner
@@ -43,6 +44,7 @@ _MODULES = (
     "architectures",
     "models",
     "hooks",
+    "interventions",
     "training.activations",
     "training.runner",
     "evals.faithfulness",
@@ -70,12 +72,14 @@ __all__ = [
     "TrainingTopKTranscoderConfig",
     "TranscoderRunnerConfig",
     "TranscoderTrainingRunner",
+    "ablate",
     "evaluate",
     "frontier",
     "load_model",
     "matched_n_experts",
     "matched_n_features",
     "replacement_hooks",
+    "steer",
 ]
 
 
