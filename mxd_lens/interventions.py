@@ -198,7 +198,7 @@ class Edit:
         batch = feature_acts.shape[:-1]
         columns = []
         for n, v in zip(self.experts, self.coefficients, strict=True):
-            v_here = torch.as_tensor(v).to(feature_acts)
+            v_here = torch.as_tensor(v, dtype=feature_acts.dtype, device=feature_acts.device)
             if v_here.ndim > 0 and v_here.shape[-1] != 1:  # it differs between positions
                 seen = now.positions(feature_acts)
                 if v_here.shape[-1] < seen.stop:
