@@ -113,8 +113,10 @@ def hook_point(model: Any, name: str) -> nn.Module:
     for candidate in equivalent_hook_names(name):
         with contextlib.suppress(AttributeError):
             found = model.get_submodule(candidate)
-            # An alias of a bridge goes on giving the hook point that `add_sae` took away: ask for its name.
-            return model.get_submodule(getattr(found, "name", None) or candidate)
+            # An alias of a bridge goes on giving the hook point that `add_sae` took away: ask by its name.
+            with contextlib.suppress(AttributeError, TypeError):
+                return model.get_submodule(found.name)
+            return found
     return model.hook_dict[hook_point_name(model, name)]
 
 

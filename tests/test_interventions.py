@@ -1,7 +1,6 @@
 """Steering and ablation: the layer's output moves by what the formula says, there and nowhere else."""
 
 import threading
-from contextlib import ExitStack
 
 import pytest
 import torch
@@ -411,29 +410,30 @@ def test_error_terms(sae_model, name):
 # Generation
 
 
-@pytest.mark.parametrize("positions", [None, 4, 11, slice(10, None), slice(None, 10), lambda p: p % 2 == 0])
-@pytest.mark.parametrize("how", ["by steer", "by hooks", "attached", "error term"])
-def test_generation_with_and_without_a_cache(model, mxd, positions, how):
-    if how in ("attached", "error term") and not hasattr(model, "saes"):
-        pytest.skip("not a model that SAELens attaches layers to")
+SOMEWHERE = [None, 4, 11, slice(10, None), slice(None, 10), lambda p: p % 2 == 0]
+
+
+@pytest.mark.parametrize("positions", SOMEWHERE)
+def test_generation_with_and_without_a_cache(model, mxd, positions):
+    check_generation(model, mxd, positions)
+    with model.hooks(fwd_hooks=replacement_hooks(mxd)):
+        check_generation(model, mxd, positions)
+
+
+@pytest.mark.parametrize("positions", SOMEWHERE)
+@pytest.mark.parametrize("use_error_term", [False, True])
+def test_generation_with_an_attached_layer(sae_model, mxd, positions, use_error_term):
+    with sae_model.saes(saes=[mxd], use_error_term=use_error_term):
+        check_generation(sae_model, mxd, positions)
+
+
+def check_generation(model, mxd, positions):
     tokens = model.to_tokens([PROMPT, "a dog ran under the small hill then"])
-    with ExitStack() as stack:
-        if how == "by hooks":
-            stack.enter_context(model.hooks(fwd_hooks=replacement_hooks(mxd)))
-        elif how != "by steer":
-            stack.enter_context(model.saes(saes=[mxd], use_error_term=how == "error term"))
-        stack.enter_context(steer(model, mxd, {EXPERT: 4.0}, positions=positions))
+    settings = {"max_new_tokens": 8, "do_sample": False, "stop_at_eos": False, "verbose": False}
+    with steer(model, mxd, {EXPERT: 4.0}, positions=positions):
         expected = greedy(model, tokens, 8)
-        assert torch.equal(generate(model, tokens, 8), expected)
-        without = model.generate(
-            tokens,
-            max_new_tokens=8,
-            do_sample=False,
-            stop_at_eos=False,
-            use_past_kv_cache=False,
-            verbose=False,
-        )
-        assert torch.equal(without, expected)
+        assert torch.equal(model.generate(tokens, use_past_kv_cache=True, **settings), expected)
+        assert torch.equal(model.generate(tokens, use_past_kv_cache=False, **settings), expected)
 
 
 def test_steering_changes_what_is_generated_from_there_on(model, mxd):
