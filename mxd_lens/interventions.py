@@ -430,9 +430,9 @@ class Place:
         return attached is not None
 
     def _begin(self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._running.now = Pass(past_length([*args, *kwargs.values()], self.layer))
         if not self._is_attached():
             self._running.replacing = self._replace()
+        self._running.now = Pass(past_length([*args, *kwargs.values()], self.layer))
 
     def _end(self, *_: Any) -> None:
         for handle in self._running.replacing:

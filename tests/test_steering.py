@@ -82,7 +82,7 @@ def test_the_frequency_penalty_reaches_the_sampling(any_model, mxd):
         small_samples(any_model, mxd, frequency_penalty=penalty, n_samples=2, max_new_tokens=16)
         for penalty in (0.0, 1000.0)
     )
-    assert max(max(Counter(ids).values()) for ids in free.unsteered_ids) > 2
+    assert max(max(Counter(ids).values()) for ids in free.unsteered_ids) > 1
     # So large a penalty forbids a word until all others have come.
     assert max(max(Counter(ids).values(), default=1) for ids in bound.unsteered_ids) == 1
 

@@ -109,10 +109,11 @@ def token_agreement(one: list[list[int]], other: list[list[int]]) -> Float[Tenso
 @torch.no_grad()
 def embedding_agreement(model: Any, one: list[list[int]], other: list[list[int]]) -> Float[Tensor, "n m"]:
     """The cosine of the mean token embeddings of every pair of texts, less the mean of all embeddings."""
-    embeddings = model.W_E.detach().double().cpu()
-    centred = embeddings - embeddings.mean(0)
-    p, q = (torch.stack([centred[ids].mean(0) for ids in texts]) for texts in (one, other))
-    return F.normalize(p, dim=-1) @ F.normalize(q, dim=-1).T
+    mean = model.W_E.mean(0)
+    p, q = (
+        torch.stack([(model.W_E[ids] - mean).mean(0).double() for ids in texts]) for texts in (one, other)
+    )
+    return (F.normalize(p, dim=-1) @ F.normalize(q, dim=-1).T).cpu()
 
 
 RUBRIC = """You are shown several short texts. A language model wrote all of them as continuations of the \
