@@ -44,11 +44,11 @@ _MODULES = (
     "architectures",
     "models",
     "hooks",
-    "interventions",
     "training.activations",
     "training.runner",
     "evals.faithfulness",
     "evals.frontier",
+    "interventions",
 )
 
 __all__ = [
