@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from mxd_lens.evals.frontier import frontier
     from mxd_lens.experts import logit_lens
     from mxd_lens.hooks import replacement_hooks
+    from mxd_lens.interventions import ablate, steer
     from mxd_lens.models import load_model
     from mxd_lens.pretrained.registry import list_pretrained, register_release
     from mxd_lens.reading import find_experts, top_experts
@@ -49,6 +50,7 @@ _MODULES = (
     "architectures",
     "models",
     "hooks",
+    "interventions",
     "pretrained.registry",
     "reading",
     "statistics",
@@ -83,6 +85,7 @@ __all__ = [
     "TrainingTopKTranscoderConfig",
     "TranscoderRunnerConfig",
     "TranscoderTrainingRunner",
+    "ablate",
     "evaluate",
     "expert_statistics",
     "find_experts",
@@ -94,6 +97,7 @@ __all__ = [
     "matched_n_features",
     "register_release",
     "replacement_hooks",
+    "steer",
     "top_experts",
 ]
 

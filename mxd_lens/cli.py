@@ -195,6 +195,62 @@ def evaluate(
 
 
 @app.command()
+def steer(
+    layer: Annotated[str, typer.Argument(help="The folder of a trained layer, or a release.")],
+    expert: Annotated[int, typer.Option(help="Which expert.")],
+    sae_id: Annotated[str, typer.Option(help="Which layer of a release; of a folder, the subfolder.")] = "",
+    coefficient: Annotated[float, typer.Option(help="By what the expert's coefficient is changed.")] = 100.0,
+    mode: Annotated[str, typer.Option(help="add, set or scale.")] = "add",
+    prompt: Annotated[str, typer.Option(help="Where the texts begin.")] = "Let's talk about ",
+    samples: Annotated[int, typer.Option(help="How many texts.")] = 10,
+    new_tokens: Annotated[int, typer.Option(help="Tokens in a text, at most.")] = 32,
+    temperature: Annotated[float, typer.Option(help="Of the sampling; 0 takes the likeliest token.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Share of the probability mass to sample from.")] = 0.1,
+    frequency_penalty: Annotated[float, typer.Option(help="Off a token's logit per occurrence.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    model: Annotated[str, typer.Option(help="The language model. Default: the one it was trained on.")] = "",
+    device: Device = "cpu",
+    json: Annotated[Path | None, typer.Option(help="Write the texts there.")] = None,
+) -> None:
+    """Show what the model writes with one expert steered, beside what it writes without."""
+    from rich.console import Console
+    from sae_lens import SAE
+
+    from mxd_lens import load_model
+    from mxd_lens.evals.steering import steered_samples
+
+    with errors_for_people():
+        folder = Path(layer).expanduser() / sae_id
+        if folder.is_dir():
+            sae = SAE.load_from_disk(folder, device=device)
+        elif sae_id:
+            sae = SAE.from_pretrained(layer, sae_id, device=device)
+        else:
+            raise FileNotFoundError(f"{folder} is not a folder; for a layer of a release give --sae-id too.")
+        language_model = load_model(model or sae.cfg.metadata.model_name, device)
+        try:
+            result = steered_samples(
+                language_model,
+                sae,
+                expert,
+                coefficient,
+                prompt,
+                samples,
+                new_tokens,
+                temperature,
+                top_p,
+                frequency_penalty,
+                seed,
+                mode,  # type: ignore[arg-type]
+            )
+        except IndexError as e:  # there is no such expert
+            raise ValueError(str(e)) from e
+        if json is not None:
+            result.save(json)
+    Console().print(result)
+
+
+@app.command()
 def frontier(
     output: Annotated[Path, typer.Argument(help="The folder to write to; an interrupted sweep goes on.")],
     model: Model = "smollm2-135m-instruct",

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from sae_lens import SAE
 from torch import Tensor
 
-from mxd_lens.models import equivalent_hook_names, hook_point_name, is_same_model
+from mxd_lens.models import attached_layer, equivalent_hook_names, hook_point_name, is_same_model
 
 Replacement = Callable[[Float[Tensor, "*batch d_in"], Float[Tensor, "*batch d_out"]], Tensor]
 Hook = tuple[str | Callable[[str], bool], Callable[..., Any]]
@@ -79,7 +79,8 @@ def hook_names(sae: SAE[Any]) -> tuple[str, str]:
 def check_fits(sae: SAE[Any], model: Any) -> None:
     """Raises ValueError where a layer was trained on another model, or on hooks this one lacks."""
     for name in hook_names(sae):
-        hook_point_name(model, name)
+        if attached_layer(model, name) is None:
+            hook_point_name(model, name)
     check_trained_on(sae, model)
 
 

@@ -10,14 +10,15 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
 import torch
 from platformdirs import user_cache_path
-from sae_lens import HookedSAETransformer
+from sae_lens import SAE, HookedSAETransformer
 from sae_lens.util import str_to_dtype
+from torch import nn
 from transformer_lens import loading_from_pretrained as transformer_lens_loading
 
 logger = logging.getLogger(__name__)
@@ -109,6 +110,62 @@ def hook_point_name(model: Any, name: str) -> str:
         f"{model.cfg.model_name} has no hook point {name!r}. "
         + (f"Near: {', '.join(near)}." if near else "model.hook_dict lists them.")
     )
+
+
+def hook_point(model: Any, name: str) -> nn.Module:
+    """The module at a hook point: the hook point itself, or what SAELens' `add_sae` has put there.
+
+    Raises:
+        ValueError: the model has no such hook point.
+    """
+    for candidate in equivalent_hook_names(name):
+        with contextlib.suppress(AttributeError):
+            found = model.get_submodule(candidate)
+            # An alias of a bridge goes on giving the hook point that `add_sae` took away: ask by its name.
+            with contextlib.suppress(AttributeError, TypeError):
+                return model.get_submodule(found.name)
+            return found
+    return model.hook_dict[hook_point_name(model, name)]
+
+
+def attached_layer(model: Any, name: str) -> SAE[Any] | None:
+    """The layer that SAELens' `add_sae` has put at an output's hook point, if any."""
+    return getattr(hook_point(model, name), "sae", None)
+
+
+def block_of(model: Any, name: str) -> tuple[int, nn.Module]:
+    """The transformer block that a hook point lies in, and its index.
+
+    Raises:
+        ValueError: it lies in none.
+    """
+    match = re.match(r"blocks\.(\d+)\.", name)
+    if match is None:
+        raise ValueError(f"expected a hook point in a block, as blocks.12.hook_mlp_out, got {name!r}.")
+    return int(match[1]), model.get_submodule(f"blocks.{match[1]}")
+
+
+def past_length(block_inputs: Sequence[Any], layer: int) -> int | None:
+    """How many tokens a block has in its key-value cache when it is called.
+
+    Args:
+        block_inputs: the values it is called with, the residual stream [sequences, positions, d_model]
+            first.
+        layer: which block it is.
+
+    Returns:
+        The number of tokens before this call's first; 0 without a cache; None if it is not certain.
+    """
+    for value in block_inputs:
+        if hasattr(value, "past_keys"):  # TransformerLens' cache
+            return value.past_keys.shape[1]
+        if hasattr(value, "get_seq_length"):  # transformers'
+            past = int(value.get_seq_length(layer))
+            # The first block has written this call's tokens already: a cache that counts otherwise
+            # (shared between layers, or not of tokens) says nothing about positions.
+            is_certain = layer == 0 or value.get_seq_length(0) == past + block_inputs[0].shape[1]
+            return past if is_certain else None
+    return 0
 
 
 def equivalent_hook_names(name: str) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from mxd_lens import MxD, __version__
 from mxd_lens.cli import app
 
-COMMANDS = ["train", "evaluate", "frontier", "demo"]
+COMMANDS = ["train", "evaluate", "steer", "frontier", "demo"]
 
 
 def run(*arguments: object, code: int = 0):
@@ -113,6 +113,19 @@ def test_frontier(tiny_folder, text_file, tmp_path, words):
     assert "TopK SAE on the output" in (out / "index.html").read_text()
     assert "expected numbers" in run("frontier", out, "--k", "8,x", code=1).output
     assert "there is no relu" in run("frontier", out, "--architectures", "relu", code=1).output
+
+
+def test_steer(small, tmp_path):
+    out, texts = tmp_path / "mxd", tmp_path / "texts.json"
+    run("train", out, *small)
+    options = ["--prompt", "the big cat", "--samples", 2, "--new-tokens", 5, "--coefficient", 40]
+    result = run("steer", out, "--expert", 3, *options, "--json", texts)
+    assert "expert 3 + 40" in result.output
+    known = json.loads(texts.read_text())
+    assert len(known["steered"]) == len(known["unsteered"]) == 2
+    assert "expert 40 does not exist: there are 40" in run("steer", out, "--expert", 40, code=1).output
+    assert "mode must be one of" in run("steer", out, "--expert", 3, "--mode", "x", code=1).output
+    assert "give --sae-id too" in run("steer", tmp_path / "none", "--expert", 3, code=1).output
 
 
 def test_evaluate_says_what_is_wrong_with_a_folder(tmp_path):

@@ -1,0 +1,191 @@
+"""Steering scores: many experts of several layers, each judged by what the model writes when it is raised.
+
+Two numbers an expert, as in the paper: how clearly its steered texts share a concept, and how fluent they
+are. Neither says much without the other.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from rich.table import Table
+from sae_lens import SAE
+from tqdm.auto import tqdm
+
+from mxd_lens.evals.judges import Judge, LocalJudge
+from mxd_lens.evals.steering import Sampling, compare, measure, written
+from mxd_lens.interventions import Mode, expert_id
+
+SCORES_FILENAME = "steering_scores.json"
+
+
+@dataclass(frozen=True)
+class SteeringScore:
+    """One expert's."""
+
+    layer: str
+    """The layer's name in the comparison."""
+    architecture: str
+    """As SAELens registers it."""
+    expert: int
+    concept: float
+    """How clearly the steered texts share a concept, 0 to 100, by the judge."""
+    fluency: float
+    """How well they are language, 0 to 100, by the judge."""
+    perplexity: float
+    """Of the steered texts under the model as it is without the layer."""
+    perplexity_unsteered: float
+    """Of the unsteered ones."""
+    repetition: float
+    """Share of repeated 3-grams in the steered texts."""
+    repetition_unsteered: float
+    texts: list[str]
+    """The steered continuations."""
+
+
+@dataclass
+class SteeringScores:
+    """What `steering_scores` measured."""
+
+    settings: dict[str, Any]
+    """The model, the judge, how texts were steered and sampled, and which layers."""
+    scores: list[SteeringScore]
+
+    def save(self, path: str | Path) -> None:
+        """Writes them as JSON; an older file is exchanged in one step."""
+        path = Path(path)
+        beside = path.with_name(path.name + ".new")
+        known = {"settings": self.settings, "scores": [asdict(score) for score in self.scores]}
+        beside.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+        os.replace(beside, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "SteeringScores":
+        """Reads what `save` wrote."""
+        known = json.loads(Path(path).read_text(encoding="utf-8"))
+        return cls(known["settings"], [SteeringScore(**score) for score in known["scores"]])
+
+    def __rich__(self) -> Table:
+        table = Table(title=f"{self.settings['model_name']}, judged by {self.settings['judge']}: means")
+        columns = ("layer", "experts", "concept", "fluency", "perplexity", "not steered", "repetition")
+        for column in columns:
+            table.add_column(column, justify="left" if column == "layer" else "right")
+        for layer in self.settings["layers"]:
+            scores = [score for score in self.scores if score.layer == layer]
+            if scores:
+                table.add_row(
+                    layer,
+                    str(len(scores)),
+                    f"{mean(s.concept for s in scores):.1f}",
+                    f"{mean(s.fluency for s in scores):.1f}",
+                    f"{mean(s.perplexity for s in scores):.1f}",
+                    f"{mean(s.perplexity_unsteered for s in scores):.1f}",
+                    f"{mean(s.repetition for s in scores):.2f}",
+                )
+        return table
+
+
+def steering_scores(
+    model: Any,
+    layers: Mapping[str, SAE[Any]],
+    output: str | Path,
+    experts: int | Mapping[str, Sequence[int]] = 100,
+    judge: Judge | None = None,
+    coefficient: float = 100.0,
+    mode: Mode = "add",
+    sampling: Sampling | None = None,
+    progress: bool = True,
+) -> SteeringScores:
+    """Steers many experts of several layers, one at a time, and has what the model writes judged.
+
+    The defaults are the paper's: 100 experts a layer, 100 added to the coefficient, ten texts of 32 tokens.
+    Results are written after every expert; the same call goes on where an earlier one stopped.
+
+    Args:
+        model: any hooked model with a tokenizer.
+        layers: the layers by name; each is steered alone.
+        output: a folder, for steering_scores.json.
+        experts: how many of each layer, drawn at random by the sampling's seed; or which, by layer.
+        judge: who judges. Default: `LocalJudge(model)`.
+        coefficient, mode: as for `steer`. The same coefficient is a stronger change where experts'
+            coefficients are smaller: say so beside a comparison.
+        sampling: how texts are sampled. Default: as in the paper.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: `output` holds scores of other settings, or a layer does not fit the model.
+        IndexError: there is no such expert.
+    """
+    judge = judge or LocalJudge(model)
+    sampling = sampling or Sampling()
+    chosen = {name: _chosen(name, sae, experts, sampling.seed) for name, sae in layers.items()}
+    settings = {
+        "model_name": model.cfg.model_name,
+        "judge": judge.name,
+        "coefficient": coefficient,
+        "mode": mode,
+        "sampling": asdict(sampling),
+        "layers": {
+            name: f"{sae.cfg.architecture()}, d_sae {sae.cfg.d_sae}, {sae.cfg.metadata.hook_name}"
+            for name, sae in layers.items()
+        },
+    }
+    path = Path(output) / SCORES_FILENAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result = _resumed(path, settings) if path.is_file() else SteeringScores(settings, [])
+    done = {(score.layer, score.expert) for score in result.scores}
+    todo = {name: [n for n in ids if (name, n) not in done] for name, ids in chosen.items()}
+    with tqdm(total=sum(map(len, todo.values())), desc="Steering", disable=not progress) as bar:
+        for name, ids in todo.items():
+            sae = layers[name]
+            unsteered = written(model, sae, {}, mode, sampling) if ids else []
+            for n in ids:
+                samples = compare(model, sae, n, coefficient, mode, sampling, unsteered)
+                result.scores.append(
+                    SteeringScore(
+                        layer=name,
+                        architecture=sae.cfg.architecture(),
+                        expert=n,
+                        **judge(samples)._asdict(),
+                        **measure(model, samples)._asdict(),
+                        texts=samples.steered,
+                    )
+                )
+                result.save(path)
+                bar.update()
+    return result
+
+
+def _chosen(name: str, sae: SAE[Any], experts: int | Mapping[str, Sequence[int]], seed: int) -> list[int]:
+    if isinstance(experts, Mapping):
+        if name not in experts:
+            raise ValueError(f"experts names none for {name}; it has {', '.join(experts)}.")
+        return list(dict.fromkeys(expert_id(sae, n) for n in experts[name]))
+    if experts < 1:
+        raise ValueError(f"experts must be at least 1, or a mapping, got {experts}.")
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(sae.cfg.d_sae, generator=generator)[:experts].tolist()
+
+
+def _resumed(path: Path, settings: Mapping[str, Any]) -> SteeringScores:
+    known = SteeringScores.load(path)
+    changed = [
+        f"{name}: {known.settings.get(name)!r} then, {value!r} now"
+        for name, value in settings.items()
+        if name != "layers" and known.settings.get(name) != value
+    ]
+    known_layers = known.settings["layers"]
+    changed += [
+        f"{name}: {known_layers[name]} then, {what} now"
+        for name, what in settings["layers"].items()
+        if known_layers.get(name, what) != what
+    ]
+    if changed:
+        raise ValueError(f"{path} holds other scores. {'; '.join(changed)}. Name another folder.")
+    known.settings["layers"] = known_layers | settings["layers"]
+    return known
