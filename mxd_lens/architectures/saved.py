@@ -152,6 +152,10 @@ def download_layer(
             )
         except LocalEntryNotFoundError:
             raise
+        except ValueError as e:
+            if force_download and e.__cause__ is not None:  # it hides why it could not
+                raise e.__cause__  # noqa: B904
+            raise
         except EntryNotFoundError as e:
             known = layers_among(HfApi().list_repo_files(repo_id, revision=revision))
             raise FileNotFoundError(
@@ -184,5 +188,6 @@ def hub_errors(repo_id: str) -> Iterator[None]:
             raise PermissionError(f"The token has no right to do this to {repo_id}.") from e
         raise ConnectionError(f"{hub} answered {status} about {repo_id}: {e.server_message or e}") from e
     except (HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as e:
-        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{hub} cannot be reached"
-        raise ConnectionError(f"{why}, and {repo_id} is not complete in the cache.") from e
+        reason = str(e.__cause__ or e).partition("\n")[0]
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{hub} cannot be reached ({reason})"
+        raise ConnectionError(f"{why}, and the cache has not all of {repo_id} that is needed.") from e

@@ -1,0 +1,1 @@
+"""Layers that others trained, and layers for others: the hub, the registry, the reference files."""
