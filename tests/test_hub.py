@@ -4,7 +4,6 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
-from conftest import HOOK_IN, HOOK_OUT
-from hub_stand_in import OWNER_TOKEN, READER_TOKEN, HubStandIn
+from conftest import HOOK_IN, HOOK_OUT, use_hub
+from hub_stand_in import READER_TOKEN, HubStandIn
 from sae_lens import SAE, TopKSAE, TopKSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from safetensors import safe_open
@@ -34,36 +33,6 @@ WEIGHTS, CONFIG, SPARSITY, RUNNER = (
     "runner_cfg.json",
 )
 NAMES = [config.architecture() for _, config, _, _ in ARCHITECTURES]
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubStandIn]:
-    """A stand-in that huggingface_hub takes for the hub, with an empty cache and the owner's token."""
-    from huggingface_hub import constants
-
-    with HubStandIn() as stand_in:
-        use(monkeypatch, stand_in.url)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache" / "hub"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "cache" / "token"))
-        monkeypatch.setenv("HF_TOKEN", OWNER_TOKEN)
-        yield stand_in
-    huggingface_hub.close_session()
-
-
-def use(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    """Sends huggingface_hub, which reads its settings when it is imported, to `url`."""
-    from huggingface_hub import constants
-
-    huggingface_hub.close_session()
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", url)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)  # between its retries
 
 
 def random_layer(architecture: str = "mxd", seed: int = 0, **changes: Any) -> Any:
@@ -504,7 +473,7 @@ def test_layers_that_are_not_there(hub: HubStandIn, folder: Path) -> None:
 
 
 def test_a_hub_that_cannot_be_reached(hub: HubStandIn, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    use(monkeypatch, "http://127.0.0.1:9")  # where nothing listens
+    use_hub(monkeypatch, "http://127.0.0.1:9")  # where nothing listens
     for attempt in (
         lambda: MxD.from_pretrained(REPO, "layer12"),
         lambda: push_to_hub(folder, REPO),

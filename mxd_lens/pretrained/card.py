@@ -183,8 +183,9 @@ def training_settings(runner: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def training_rows(metadata: Mapping[str, Any], training: Mapping[str, Any] | None) -> list[tuple[str, str]]:
-    settings = {**metadata, **without_machine_paths(dict(training or {}))}
-    shown = [name for name in SETTINGS if name in settings] + list(training or {})
+    given = without_machine_paths(dict(training or {}))
+    settings = {**metadata, **given}
+    shown = [name for name in SETTINGS if name in settings] + list(given)
     return [
         (plain(SETTINGS.get(name, name.replace("_", " "))), setting(settings[name]))
         for name in dict.fromkeys(shown)

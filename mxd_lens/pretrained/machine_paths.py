@@ -6,10 +6,10 @@ from typing import Any, TypeVar
 
 V = TypeVar("V")
 
-START = r"(?:file:/+|[A-Za-z]:[\\/]|\\\\|~[\\/]|/(?=[^\s/]))"
+START = r"(?:file:/+|[A-Za-z]:[\\/]|\\\\|~[\\/]|/(?=[\w.~]))"
 WHOLE = re.compile(START)
 """A text that begins as a path is one, spaces included."""
-WITHIN = re.compile(rf"(?<![\w.:/\\~]){START}[^\s'\"`,;()<>|*?]*")
+WITHIN = re.compile(rf"(?<![\w.:/\\~<]){START}[^\s'\"`,;()<>|*?]*")
 """A path in the middle of a text ends where the word does."""
 
 WHERE_NOT_WHAT = (
