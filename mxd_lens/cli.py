@@ -307,7 +307,6 @@ def push(
     ] = None,
 ) -> None:
     """Publish a layer on the Hugging Face hub, with a page about it."""
-    from mxd_lens.evals.faithfulness import FaithfulnessReport
     from mxd_lens.pretrained.hub import push_to_hub
 
     with errors_for_people():
@@ -315,7 +314,7 @@ def push(
             layer,
             repository,
             sae_id,
-            reports={file.stem: FaithfulnessReport.load(file) for file in report or []},
+            reports={file.stem: file for file in report or []},
             license=license,
             private=private,
             revision=revision,

@@ -51,7 +51,7 @@ def read_folder(
                 f"{folder} holds no {name}: a saved layer is a folder with {SAE_CFG_FILENAME} "
                 f"and {SAE_WEIGHTS_FILENAME}."
             )
-    config = read_config(folder / SAE_CFG_FILENAME)
+    config = read_json(folder / SAE_CFG_FILENAME)
     for name, known in (("architecture", SAE_CLASS_REGISTRY), ("dtype", DTYPE_MAP)):
         if config.get(name) not in list(known):
             raise ValueError(
@@ -62,17 +62,15 @@ def read_folder(
     return config, read_weights(folder / SAE_WEIGHTS_FILENAME, device, str_to_dtype(config["dtype"]))
 
 
-def read_config(file: Path) -> dict[str, Any]:
+def read_json(file: Path, what: str = "the configuration of a layer") -> dict[str, Any]:
     """The JSON object in `file`. Raises ValueError where there is none, or one that is ambiguous."""
     try:
-        config = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
     except (OSError, ValueError, RecursionError) as e:
-        raise ValueError(f"{file} is not the configuration of a layer ({type(e).__name__}: {e}).") from e
-    if not isinstance(config, dict):
-        raise ValueError(
-            f"{file} is not the configuration of a layer: it holds a {type(config).__name__}, not an object."
-        )
-    return config
+        raise ValueError(f"{file} is not {what} ({type(e).__name__}: {e}).") from e
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is not {what}: it holds a {type(content).__name__}, not an object.")
+    return content
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -114,11 +112,11 @@ def few(faults: list[str], at_most: int = 12) -> str:
 
 def check_sae_id(sae_id: str) -> None:
     """Raises ValueError where `sae_id` cannot be a layer's folder in a repository."""
-    a_name = r"[A-Za-z0-9_][A-Za-z0-9_.+=-]*"
-    if not re.fullmatch(rf"{a_name}(/{a_name})*", sae_id) or len(sae_id) > 200:
+    a_name = r"[\w+=(\[][^/\\:*?\"'`<>|{}]*(?<![ .])"
+    if not re.fullmatch(rf"{a_name}(/{a_name})*", sae_id) or not sae_id.isprintable() or len(sae_id) > 200:
         raise ValueError(
             f"sae_id must be the name of a folder in the repository, such as 'layer12' or "
-            f"'blocks.12/mxd-k32' (letters, digits and . _ + = - in its parts), got {sae_id!r}."
+            f"'blocks.12/mxd-k32', got {reprlib.repr(sae_id)}."
         )
 
 

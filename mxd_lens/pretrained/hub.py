@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
+from urllib.parse import quote
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError
@@ -25,7 +26,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 
 from mxd_lens.architectures.base import PairedTranscoder
-from mxd_lens.architectures.saved import check_sae_id, hub_errors, layers_among, read_config
+from mxd_lens.architectures.saved import check_sae_id, hub_errors, layers_among, read_json
 from mxd_lens.models import hub_name
 from mxd_lens.pretrained.card import (
     TITLES,
@@ -88,8 +89,8 @@ def push_to_hub(
         layers: a layer or its folder; or several, by their sae_ids.
         repo_id: the repository, `user/repo`; it is created if there is none.
         sae_id: the layer's folder in the repository. None: the name of the local folder.
-        reports: what `evaluate` measured (`FaithfulnessReport` or its `to_dict`), by the text's name; of
-            several layers, by sae_id and then by text. None: a folder's own report.json, if it has one.
+        reports: what `evaluate` measured (a `FaithfulnessReport`, its `to_dict` or its file), by the text's
+            name; of several layers, by sae_id and then by text. None: a folder's own report.json, if any.
         base_model: the language model's repository. None: if the layer's metadata tells it.
         license: an identifier of the hub, such as "mit".
         private: whether a repository that is created is private.
@@ -121,6 +122,8 @@ def push_to_hub(
         raise ValueError("There are no layers to publish.")
     for name in layers:
         check_sae_id(name)
+        if OWN_FILES.fullmatch(PurePosixPath(name).name):
+            raise ValueError(f"sae_id must be the name of a folder, and {name!r} is that of a file.")
     reports = reports or {}
     if unknown := reports.keys() - layers.keys():
         raise ValueError(f"There are reports, but no layers: {', '.join(map(repr, sorted(unknown)))}.")
@@ -177,7 +180,7 @@ class PublishedLayer:
         folder: Path,
         repo_id: str,
         sae_id: str,
-        reports: Mapping[str, Report],
+        reports: Mapping[str, Report | str | Path],
         base_model: str | None,
         license: str | None,
     ) -> "PublishedLayer":
@@ -194,17 +197,21 @@ class PublishedLayer:
         training = None
         if (folder / RUNNER_CFG_FILENAME).is_file():
             files[RUNNER_CFG_FILENAME] = publishable_json(folder / RUNNER_CFG_FILENAME)
-            training = training_settings(read_config(folder / RUNNER_CFG_FILENAME))
+            training = training_settings(read_json(folder / RUNNER_CFG_FILENAME))
         if (folder / SPARSITY_FILENAME).is_file():
             files[SPARSITY_FILENAME] = publishable_tensors(folder / SPARSITY_FILENAME)
         if not reports and (folder / REPORT_FILENAME).is_file():
-            reports = {"held-out text": read_config(folder / REPORT_FILENAME)}
-        for (_, report), name in zip(reports.items(), report_names(reports), strict=True):
+            reports = {"held-out text": folder / REPORT_FILENAME}
+        judged = {
+            text: read_json(Path(report), "a report") if isinstance(report, str | Path) else report
+            for text, report in reports.items()
+        }
+        for name, report in zip(report_names(judged), judged.values(), strict=True):
             files[name] = publishable_report(report)
         base_model = base_model or hub_name(without_machine_paths(sae.cfg.metadata.model_name or ""))
         card = model_card(
             sae,
-            reports,
+            judged,
             release=repo_id,
             sae_id=sae_id,
             training=training,
@@ -213,7 +220,7 @@ class PublishedLayer:
         )
         files[README] = card.encode()
         in_repository = {f"{sae_id}/{name}": content for name, content in files.items()}
-        return cls(sae_id, sae, base_model, dict(reports), in_repository)
+        return cls(sae_id, sae, base_model, judged, in_repository)
 
     @property
     def row(self) -> str:
@@ -248,7 +255,7 @@ COLUMNS = (
 def row(sae_id: str, *cells: str) -> str:
     """A row of the repository's list; of a layer that is not from here, its name alone."""
     padding = [""] * (len(COLUMNS) - 1 - len(cells))
-    return " | ".join([f"[`{sae_id}`]({sae_id}/)", *cells, *padding])
+    return " | ".join([f"[`{sae_id}`]({quote(sae_id)}/)", *cells, *padding])
 
 
 def repository_card(
@@ -376,7 +383,7 @@ def commit(
 
 def publishable_json(file: Path) -> bytes | Path:
     """A JSON file without machine paths: the file itself, where it has none."""
-    config = read_config(file)
+    config = read_json(file)
     cleaned = without_machine_paths(config)
     return file if cleaned == config else json.dumps(cleaned, indent=1).encode()
 
