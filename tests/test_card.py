@@ -14,7 +14,7 @@ import torch
 import yaml
 from conftest import D_MODEL, HOOK_IN, HOOK_OUT
 from hub_stand_in import HubStandIn
-from markdown_it import MarkdownIt
+from markdown_reader import markdown, tables_of
 from sae_lens.saes.sae import SAEMetadata
 from test_hub import NAMES, REPO, REPORT, RUN, random_layer
 
@@ -22,8 +22,6 @@ from mxd_lens import evaluate
 from mxd_lens.pretrained.card import formula, model_card, plain, table, training_settings
 from mxd_lens.pretrained.hub import push_to_hub
 from mxd_lens.training.text import token_sequences
-
-markdown = MarkdownIt("commonmark", {"html": True}).enable("table")
 
 
 def card_of(sae: Any, reports: Any = None, **options: Any) -> str:
@@ -33,19 +31,6 @@ def card_of(sae: Any, reports: Any = None, **options: Any) -> str:
 def metadata_of(card: str) -> dict[str, Any]:
     assert card.startswith("---\n")
     return yaml.safe_load(card.split("---\n")[1])
-
-
-def tables_of(card: str) -> list[list[list[str]]]:
-    """The tables as a markdown reader finds them: rows of cells of text."""
-    tables: list[list[list[str]]] = []
-    for token in markdown.parse(card.split("---\n", 2)[2]):
-        if token.type == "table_open":
-            tables.append([])
-        elif token.type == "tr_open":
-            tables[-1].append([])
-        elif token.type == "inline" and tables and token.level > 3:
-            tables[-1][-1].append("".join(child.content for child in token.children or []))
-    return tables
 
 
 # The metadata

@@ -13,6 +13,7 @@ import torch
 import yaml
 from conftest import HOOK_IN, HOOK_OUT, use_hub
 from hub_stand_in import READER_TOKEN, HubStandIn
+from markdown_reader import tables_of
 from sae_lens import SAE, TopKSAE, TopKSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from safetensors import safe_open
@@ -236,6 +237,9 @@ def test_layers_that_were_there_stay_listed(hub: HubStandIn) -> None:
         metadata["tags"]
     )
     assert (metadata["library_name"], metadata["license"]) == ("saelens", "mit")
+    head, *rows = tables_of(after)[0]
+    assert [row[0] for row in rows] == ["a/1", "b"]
+    assert {len(row) for row in (head, *rows)} == {9}
     assert metadata["base_model"] == "openai-community/gpt2"
 
 

@@ -280,7 +280,7 @@ def repository_card(
         if (found := re.match(r"\| (\[`([^`]+)`\].*) \|$", line)) and found[2] in rows:
             rows[found[2]] = found[1]
     rows |= {layer.sae_id: layer.row for layer in published}
-    listing = f"{BEGIN}\n{table(COLUMNS, [[rows[sae_id]] for sae_id in sorted(rows)])}\n{END}"
+    listing = f"{BEGIN}\n\n{table(COLUMNS, [[rows[sae_id]] for sae_id in sorted(rows)])}\n\n{END}"
     architectures = list(dict.fromkeys(layer.sae.cfg.architecture() for layer in published))
     if readme is not None and listed:
         card = ModelCard(LISTING.sub(lambda _: listing, readme, count=1), ignore_metadata_errors=True)
