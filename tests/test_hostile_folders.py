@@ -237,6 +237,12 @@ def test_what_is_said_twice(folder: Path, name: str) -> None:
     assert f"named twice: {name}" in refused(folder)
 
 
+def test_tens_of_thousands_of_settings(folder: Path) -> None:
+    many = ", ".join(f'"a{i % 30_000}": 1' for i in range(40_000))
+    (folder / CONFIG).write_text(f"{{{many}}}")
+    assert "named twice: a0; a1" in refused(folder)
+
+
 def test_what_is_said_twice_in_the_metadata(folder: Path) -> None:
     text = (folder / CONFIG).read_text()
     (folder / CONFIG).write_text(text.replace('"metadata": {', '"metadata": {"a": 1, "a": 2, '))

@@ -483,7 +483,7 @@ def test_layers_that_are_not_there(hub: HubStandIn, folder: Path) -> None:
     assert in_a_line(e)
     push_to_hub({"b": folder, "a/1": folder}, REPO)
     with pytest.raises(
-        FileNotFoundError, match=r"user/mxds has no layer 'layer12'\. Its layers: a/1, b\."
+        FileNotFoundError, match=r"user/mxds has no layer 'layer12'\. Its layers: a/1; b\."
     ) as e:
         MxD.from_pretrained(REPO, "layer12")
     assert in_a_line(e)

@@ -7,6 +7,7 @@ anywhere: nothing in it is executed, and what is no layer ends in one error that
 import json
 import re
 import reprlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -74,9 +75,8 @@ def read_json(file: Path, what: str = "the configuration of a layer") -> dict[st
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"named twice: {', '.join(map(shown, sorted(twice)))}")
+    if twice := [shown(name) for name, times in Counter(name for name, _ in pairs).items() if times > 1]:
+        raise ValueError(f"named twice: {few(twice)}")
     return dict(pairs)
 
 
@@ -158,7 +158,7 @@ def download_layer(
             known = layers_among(HfApi().list_repo_files(repo_id, revision=revision))
             raise FileNotFoundError(
                 f"{repo_id} has no layer {sae_id!r}. "
-                + (f"Its layers: {', '.join(known)}." if known else "There is no layer in it.")
+                + (f"Its layers: {few(known)}." if known else "There is no layer in it.")
             ) from e
     return folder
 
