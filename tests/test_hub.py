@@ -382,6 +382,37 @@ def test_paths(text: str, left: str) -> None:
     assert without_machine_paths({"a": [text, 3, None], "output_path": text}) == {"a": [left, 3, None]}
 
 
+def test_a_release_of_saelens_directory(
+    hub: HubStandIn, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It names a repository and its folders; SAELens' own way is taken, in float32."""
+    from sae_lens.loading import pretrained_saes_directory
+    from sae_lens.saes import sae
+
+    known = pretrained_saes_directory.get_pretrained_saes_directory()
+    lookup = pretrained_saes_directory.PretrainedSAELookup(
+        "my/mxds", REPO, "gpt2", None, {"nice name": "it"}, {}, {}, {}, {}, None
+    )
+    for module in (pretrained_saes_directory, sae):
+        monkeypatch.setattr(module, "get_pretrained_saes_directory", lambda: {**known, "my/mxds": lookup})
+    layer = random_layer(dtype="bfloat16")
+    push_to_hub(layer, REPO, "it")
+    loaded = MxD.from_pretrained("my/mxds", "nice name")
+    assert loaded.dtype == torch.float32
+    assert torch.equal(loaded.W_dec, layer.W_dec.float())
+    with pytest.raises(ValueError, match="other not found in release my/mxds"):
+        MxD.from_pretrained("my/mxds", "other")
+    hub.repositories.clear()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
+    with pytest.raises(FileNotFoundError, match="has no repository my/mxds"):
+        MxD.from_pretrained("my/mxds", "nice name")
+
+
+def test_a_release_that_nobody_knows() -> None:
+    with pytest.raises(ValueError, match="no-such not found"):
+        MxD.from_pretrained("no-such", "it")
+
+
 # What cannot be done
 
 

@@ -19,8 +19,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from jaxtyping import Float, Int
 from sae_lens.constants import DTYPE_TO_STR, SAE_CFG_FILENAME
+from sae_lens.loading import pretrained_saes_directory
 from sae_lens.loading.pretrained_sae_loaders import PretrainedSaeDiskLoader
-from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from sae_lens.saes.sae import (
     SAE,
     SAEMetadata,
@@ -458,7 +458,8 @@ class PairedTranscoder(Transcoder):
             raise FileNotFoundError(
                 f"{folder} is not a folder; a release on the hub is named by its release and sae_id."
             )
-        if "converter" in kwargs or "/" not in release or release in get_pretrained_saes_directory():
+        directory = pretrained_saes_directory.get_pretrained_saes_directory()
+        if "converter" in kwargs or "/" not in release or release in directory:
             with hub_errors(release):
                 return super().from_pretrained(
                     release, sae_id, device, dtype or "float32", force_download, **kwargs

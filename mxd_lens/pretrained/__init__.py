@@ -1,1 +1,1 @@
-"""Layers that others trained, and layers for others: the hub, the registry, the reference files."""
+"""Layers that somebody has trained: releases by name, files of other code, the Hugging Face hub."""
