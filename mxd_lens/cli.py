@@ -354,6 +354,41 @@ def demo(
         run_demo(output, layer, training_tokens=tokens, n_sequences=sequences)
 
 
+@app.command()
+def push(
+    layer: Annotated[Path, typer.Argument(help="The folder of a trained layer.")],
+    repository: Annotated[str, typer.Argument(help="Where to: user/repo on the Hugging Face hub.")],
+    sae_id: Annotated[
+        str | None, typer.Option(help="The layer's folder in the repository. Default: the folder's name.")
+    ] = None,
+    report: Annotated[
+        list[Path] | None,
+        typer.Option(help="What evaluate wrote with --json, named by its text. Default: LAYER/report.json."),
+    ] = None,
+    license: Annotated[str | None, typer.Option(help="Of the layer, in the hub's words: mit.")] = None,
+    private: Annotated[bool, typer.Option(help="Whether a repository that is created is private.")] = False,
+    revision: Annotated[str, typer.Option(help="The branch to commit to.")] = "main",
+    dry_run: Annotated[
+        Path | None, typer.Option(help="Write what would be uploaded into this folder instead.")
+    ] = None,
+) -> None:
+    """Publish a layer on the Hugging Face hub, with a page about it."""
+    from mxd_lens.pretrained.hub import push_to_hub
+
+    with errors_for_people():
+        where = push_to_hub(
+            layer,
+            repository,
+            sae_id,
+            reports={file.stem: file for file in report or []},
+            license=license,
+            private=private,
+            revision=revision,
+            dry_run=dry_run,
+        )
+    typer.echo(where)
+
+
 class errors_for_people:
     """An error a person can do something about is shown as its message, not as a traceback."""
 

@@ -184,6 +184,17 @@ def is_same_model(one: str, other: str) -> bool:
     return _plain_name(one) == _plain_name(other)
 
 
+def hub_name(name: str) -> str | None:
+    """The Hugging Face repository of a language model, None where the name does not tell it."""
+    if name == SMOLLM2:
+        return "HuggingFaceTB/SmolLM2-135M-Instruct"
+    with contextlib.suppress(ValueError):
+        name = transformer_lens_loading.get_official_model_name(name)
+    if re.fullmatch(r"gpt2(-medium|-large|-xl)?", name):
+        return f"openai-community/{name}"
+    return name if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) else None
+
+
 def _plain_name(name: str) -> str:
     with contextlib.suppress(ValueError):
         name = transformer_lens_loading.get_official_model_name(name)

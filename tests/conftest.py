@@ -1,6 +1,7 @@
 """A language model small enough for every test, and the real one where it is installed."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -11,7 +12,9 @@ if not torch.cuda.is_available():
     # Triton decides between compiler and interpreter when it is imported, which torch alone does not do.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import huggingface_hub
 import pytest
+from hub_stand_in import OWNER_TOKEN, HubStandIn
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -82,3 +85,31 @@ def words() -> list[str]:
     generator = torch.Generator().manual_seed(0)
     picks = torch.randint(len(WORDS), (200, 12), generator=generator)
     return [" ".join(WORDS[i] for i in row) for row in picks.tolist()]
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubStandIn]:
+    """A stand-in that huggingface_hub takes for the hub, with an empty cache and the owner's token."""
+    with HubStandIn() as stand_in:
+        use_hub(monkeypatch, stand_in.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache" / "hub"))
+        monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "cache" / "token"))
+        monkeypatch.setenv("HF_TOKEN", OWNER_TOKEN)
+        yield stand_in
+    huggingface_hub.close_session()
+
+
+def use_hub(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """Sends huggingface_hub, which reads its settings when it is imported, to `url`."""
+    huggingface_hub.close_session()
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", url)
+    monkeypatch.setattr(
+        huggingface_hub.constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        url + "/{repo_id}/resolve/{revision}/{filename}",
+    )
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)  # between its retries

@@ -157,7 +157,7 @@ def test_a_config_that_is_none(folder: Path, text: str) -> None:
 @pytest.mark.parametrize("name", ["architecture", "dtype", "d_in", "d_sae", "d_hidden", "k"])
 def test_a_config_without(folder: Path, name: str) -> None:
     change_config(folder, **{name: ...})
-    with pytest.raises(ValueError, match=rf"{CONFIG} is not the configuration of a layer .*{name}"):
+    with pytest.raises(ValueError, match=rf"{CONFIG} is not the configuration of a layer.* {name}|'{name}'"):
         MxD.from_pretrained(folder)
 
 
@@ -193,7 +193,7 @@ def test_metadata_that_is_none(folder: Path, metadata: Any) -> None:
         ({"d_in": "4"}, "d_in must be a positive integer"),
         ({"d_hidden": -1}, "d_hidden must be a positive integer"),
         ({"hidden_activation": "swish"}, "hidden_activation must be one of"),
-        ({"dtype": "float31"}, "Invalid dtype: float31"),
+        ({"dtype": "float31"}, "its dtype is 'float31', not one of float32"),
         ({"normalize_activations": "layer_norm"}, "normalize_activations must be 'none'"),
     ],
 )

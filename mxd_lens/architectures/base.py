@@ -9,7 +9,7 @@ SAELens attaches a layer by calling `encode(x)` and then `decode(a)`; where `mix
 to know which x its activations came from. `EncodedInputs` keeps that, one entry per activation tensor.
 """
 
-import json
+import reprlib
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,7 +18,9 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Float, Int
-from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+from sae_lens.constants import DTYPE_TO_STR, SAE_CFG_FILENAME
+from sae_lens.loading import pretrained_saes_directory
+from sae_lens.loading.pretrained_sae_loaders import PretrainedSaeDiskLoader
 from sae_lens.saes.sae import (
     SAE,
     SAEMetadata,
@@ -31,15 +33,18 @@ from sae_lens.saes.sae import (
 from sae_lens.saes.topk_sae import TopK
 from sae_lens.saes.transcoder import Transcoder, TranscoderConfig
 from sae_lens.util import filter_valid_dataclass_fields
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformer_lens.hook_points import HookPoint
 from typing_extensions import Self, override
 
+from mxd_lens.architectures.saved import download_layer, few, hub_errors, read_folder, shown
 from mxd_lens.sparse import sparse_decode, topk_gate
 
 C = TypeVar("C", bound="PairedTranscoderConfig")
+
+LARGEST_WIDTH = 2**29
+"""torch counts the bytes of a weight of two such widths in 64 bits."""
 
 
 @dataclass(kw_only=True)
@@ -61,14 +66,19 @@ class PairedTranscoderConfig(TranscoderConfig):
         super().__post_init__()
         for name in self.positive_integers():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST_WIDTH:
+                raise ValueError(
+                    f"{name} must be a positive integer, at most {LARGEST_WIDTH:,}, "
+                    f"got {reprlib.repr(value)}."
+                )
         if self.k is not None:
             if not isinstance(self.k, int) or isinstance(self.k, bool) or self.k < 1:
-                raise ValueError(f"k must be a positive integer, or None for relu sparsity, got {self.k!r}.")
+                raise ValueError(
+                    f"k must be a positive integer, or None for relu sparsity, got {reprlib.repr(self.k)}."
+                )
             if self.k > self.d_sae:
                 raise ValueError(
-                    f"k must be at most d_sae, got k = {self.k} and d_sae = {self.d_sae}: "
+                    f"k must be at most d_sae, got k = {reprlib.repr(self.k)} and d_sae = {self.d_sae}: "
                     "no token can have more active experts than there are."
                 )
         if self.normalize_activations != "none":
@@ -95,6 +105,17 @@ class PairedTranscoderConfig(TranscoderConfig):
         known: dict[str, Any] = filter_valid_dataclass_fields(config_dict, cls)
         known["metadata"] = SAEMetadata(**config_dict.get("metadata", {}))
         return cls(**known)
+
+
+def check_metadata(metadata: SAEMetadata) -> None:
+    """Raises ValueError where what a file said about a layer cannot be true."""
+    settings = vars(metadata)
+    # They are attributes: one named as a method takes its place.
+    if taken := settings.keys() & set(dir(SAEMetadata)):
+        raise ValueError(f"metadata must not have settings named {', '.join(sorted(taken))}.")
+    for name in ("model_name", "hook_name", "hook_name_out"):
+        if not isinstance(settings.get(name), str | None):
+            raise ValueError(f"metadata.{name} must be a name, got {reprlib.repr(settings[name])}.")
 
 
 class EncodedInputs:
@@ -171,6 +192,7 @@ class PairedTranscoder(Transcoder):
     """Whether training keeps the rows of W_dec at unit norm."""
 
     def __init__(self, cfg: PairedTranscoderConfig) -> None:
+        check_metadata(cfg.metadata)
         super().__init__(cfg)
         self._encoded = EncodedInputs()
         self.hook_expert_out = HookPoint()
@@ -352,14 +374,20 @@ class PairedTranscoder(Transcoder):
         expected = {name: tuple(p.shape) for name, p in self.state_dict().items()}
         got = {name: tuple(p.shape) for name, p in state_dict.items()}
         wrong = [
-            f"{name}: the config says {expected.get(name, 'nothing')}, the weights {got.get(name, 'nothing')}"
+            f"{shown(name)}: the config says {expected.get(name, 'nothing')}, "
+            f"the weights {got.get(name, 'nothing')}"
             for name in sorted(expected.keys() | got.keys())
             if expected.get(name) != got.get(name)
         ]
         if wrong:
             raise ValueError(
-                f"The config of this {type(self).__name__} contradicts its weights. " + "; ".join(wrong)
+                f"The config of this {type(self).__name__} contradicts its weights. {few(wrong)}"
             )
+        for name, weight in state_dict.items():
+            if weight.dtype not in DTYPE_TO_STR:
+                raise ValueError(f"{name} holds {weight.dtype}: weights are floating-point numbers.")
+            if not weight.isfinite().all():
+                raise ValueError(f"{name} holds values that are not finite in {weight.dtype}.")
         state_dict["W_enc"] = expert_by_expert(state_dict["W_enc"])
 
     @classmethod
@@ -370,31 +398,33 @@ class PairedTranscoder(Transcoder):
 
     @classmethod
     @override
-    def load_from_disk(cls, path: str | Path, *args: Any, **kwargs: Any) -> Self:
+    def load_from_disk(
+        cls,
+        path: str | Path,
+        device: str = "cpu",
+        dtype: str | None = None,
+        converter: PretrainedSaeDiskLoader = read_folder,
+        fold_W_dec_norm: bool = False,
+    ) -> Self:
         """As SAELens' `load_from_disk`, with errors that say what is wrong with the folder.
 
         Raises:
             FileNotFoundError: the folder, its cfg.json or its weights are missing.
-            ValueError: the weights are truncated or no safetensors file, the config is not valid, or
-                the two contradict each other, or it holds another architecture than this class.
+            ValueError: the weights are truncated, no safetensors file or not finite numbers, the config is
+                not valid, or the two contradict each other, or it holds another architecture than this
+                class.
         """
         folder = Path(path)
-        for name in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(
-                    f"{folder} holds no {name}: a saved layer is a folder with {SAE_CFG_FILENAME} "
-                    f"and {SAE_WEIGHTS_FILENAME}."
-                )
         try:
-            return super().load_from_disk(path, *args, **kwargs)
-        except SafetensorError as e:
-            raise ValueError(
-                f"{folder / SAE_WEIGHTS_FILENAME} is truncated or not a safetensors file ({e})."
-            ) from e
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as e:
+            return super().load_from_disk(path, device, dtype, converter, fold_W_dec_norm)
+        except (KeyError, TypeError, AttributeError) as e:
             raise ValueError(
                 f"{folder / SAE_CFG_FILENAME} is not the configuration of a layer ({type(e).__name__}: {e})."
             ) from e
+        except ValueError as e:
+            if str(folder) in str(e):  # read_folder says it already
+                raise
+            raise ValueError(f"{folder}: {e}") from e
 
     @classmethod
     @override
@@ -404,18 +434,26 @@ class PairedTranscoder(Transcoder):
         sae_id: str | None = None,
         device: str = "cpu",
         dtype: str | None = None,
+        force_download: bool = False,
+        revision: str | None = None,
         **kwargs: Any,
     ) -> Self:
         """Loads a layer, as SAELens' `SAE.from_pretrained`.
 
         Args:
-            release: a local folder, a release name, or a Hugging Face `user/repo`.
+            release: a local folder, a Hugging Face `user/repo`, or a name in SAELens' directory.
             sae_id: which layer of the release; for a local folder the subfolder, if any.
             device: where to put it.
-            dtype: its dtype. None: for a local folder the one it was saved in, else float32.
+            dtype: its dtype. None: the one it was saved in; from SAELens' directory, float32.
+            force_download: whether to download again what the hub's cache has.
+            revision: a branch, tag or commit of the repository. None: its main branch.
+            kwargs: what else SAELens takes.
 
         Raises:
-            FileNotFoundError, ValueError: as `load_from_disk`, for a local folder.
+            FileNotFoundError, ValueError: as `load_from_disk`; or there is no such release, or no such
+                layer in it.
+            PermissionError: the repository is not one this token may read.
+            ConnectionError: the hub cannot be reached, and the layer is not in its cache.
         """
         folder = Path(release).expanduser() / (sae_id or "")
         if folder.is_dir():
@@ -424,9 +462,14 @@ class PairedTranscoder(Transcoder):
             raise FileNotFoundError(
                 f"{folder} is not a folder; a release on the hub is named by its release and sae_id."
             )
-        return super().from_pretrained(
-            str(release), sae_id, device=device, dtype=dtype or "float32", **kwargs
-        )
+        directory = pretrained_saes_directory.get_pretrained_saes_directory()
+        if "converter" in kwargs or "/" not in release or release in directory:
+            with hub_errors(release):
+                return super().from_pretrained(
+                    release, sae_id, device, dtype or "float32", force_download, **kwargs
+                )
+        folder = download_layer(release, sae_id, revision, force_download)
+        return cls.load_from_disk(folder, device=device, dtype=dtype, **kwargs)
 
 
 def expert_by_expert(W_enc: Float[Tensor, "d_in d_sae"]) -> Float[Tensor, "d_in d_sae"]:

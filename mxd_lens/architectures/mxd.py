@@ -50,11 +50,13 @@ class MxDConfig(PairedTranscoderConfig):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.hidden_activation not in HIDDEN_ACTIVATIONS:
+        if self.hidden_activation not in list(HIDDEN_ACTIVATIONS):
             raise ValueError(
                 f"hidden_activation must be one of {sorted(HIDDEN_ACTIVATIONS)}, "
                 f"got {self.hidden_activation!r}."
             )
+        if not isinstance(self.gated, bool):
+            raise ValueError(f"gated must be true or false, got {self.gated!r}.")
 
     @classmethod
     @override
