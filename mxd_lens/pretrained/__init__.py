@@ -1,0 +1,1 @@
+"""Trained layers from elsewhere: read, converted, published and found again."""
