@@ -32,6 +32,8 @@ MAX_OPCODES = 100_000
 MAX_EXPANSION = 10
 """Of a compressed file, beyond `FREE_EXPANSION` bytes; trained weights expand by less than 1.2."""
 FREE_EXPANSION = 2**24
+GZIP_MAGIC = b"\x1f\x8b"
+ZIP_MAGIC = b"PK\x03\x04"
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_VERSION = 1001
 
@@ -153,7 +155,7 @@ def _strides(shape: tuple[int, ...], stride: tuple[int, ...]) -> list[int]:
 
 
 def read_checkpoint_file(path: str | Path) -> Any:
-    """What a `.pt` (torch's zip or its legacy format), `.pkl` or `.pkl.gz` file holds; which, its content says.
+    """What a file holds: `.pt` (torch's zip or its legacy format), `.pkl` or `.pkl.gz`, told by its content.
 
     Dictionaries, lists, tuples, strings and numbers are themselves, a torch.dtype is one, a device or a
     path a string, a tensor a `StoredTensor`, and an object of `DESCRIBED_MODULE` a `Described`.
@@ -180,11 +182,11 @@ def read_checkpoint_file(path: str | Path) -> Any:
 def _read(file: IO[bytes]) -> Any:
     magic = file.read(4)
     file.seek(0)
-    if magic[:2] == b"\x1f\x8b":
+    if magic[:2] == GZIP_MAGIC:
         return _read_stream(Reader(_decompressed(file)))
     # A private copy, page by page: what is never written stays the file's.
     data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
-    if magic == b"PK\x03\x04":
+    if magic == ZIP_MAGIC:
         return _read_zip(file, data)
     return _read_stream(Reader(data))
 
@@ -251,11 +253,7 @@ def _stored_entry(data: memoryview, entry: zipfile.ZipInfo) -> tuple[int, memory
     signature, name_length, extra_length = struct.unpack_from("<4s22xHH", data, entry.header_offset)
     start = entry.header_offset + 30 + name_length + extra_length
     content = data[start : start + entry.file_size]
-    if (
-        signature != b"PK\x03\x04"
-        or len(content) != entry.file_size
-        or entry.compress_size != entry.file_size
-    ):
+    if signature != ZIP_MAGIC or not len(content) == entry.file_size == entry.compress_size:
         raise UnreadableCheckpointError(f"its entry {name} is not where the archive says")
     if entry.CRC not in (0, zlib.crc32(content)):  # 0: torch was told to leave checksums out
         raise UnreadableCheckpointError(f"its entry {name} is damaged: the checksum is another")
@@ -431,9 +429,7 @@ class PickleMachine:
         contents = self.run(reader, storage_of, nested)
         for key in self.run(reader, nested=nested):
             if type(key) is not str or key not in storages:
-                raise UnreadableCheckpointError(
-                    f"it has data for a storage {shown(key)} that it does not use"
-                )
+                raise UnreadableCheckpointError(f"it has data for a storage {shown(key)} it has not")
             (numel,) = struct.unpack("=q", reader.take(8))
             storage = storages[key]
             storage.check(storage.dtype, numel)
@@ -487,7 +483,7 @@ def named(module: Any, name: Any) -> Any:
             return full
         name = full
     raise UnreadableCheckpointError(
-        f"its pickle names {shown(name)}, which is not on the list of what a checkpoint needs; nothing was run"
+        f"its pickle names {shown(name)}, which no checkpoint of the paper's code needs; nothing was run"
     )
 
 
@@ -496,20 +492,22 @@ def is_described(name: str) -> bool:
     return module == DESCRIBED_MODULE and class_name.isidentifier()
 
 
-def _tensor(
-    storage: Any, offset: Any, shape: Any, stride: Any, requires_grad: Any, hooks: Any, metadata: Any = None
-) -> StoredTensor:
+def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> StoredTensor:
     sizes = [offset, *shape, *stride]
     possible = len(sizes) < 16 and all(type(n) is int and 0 <= n < 2**63 for n in sizes)
-    if not isinstance(storage, Storage) or not possible or len(shape) != len(stride) or metadata:
+    if not isinstance(storage, Storage) or not possible or len(shape) != len(stride) or any(rest[2:]):
         raise UnreadableCheckpointError("its pickle describes a tensor that cannot be")
     return StoredTensor(storage, offset, tuple(shape), tuple(stride))
 
 
-def _parameter(data: Any, requires_grad: Any, hooks: Any) -> StoredTensor:
+def _parameter(data: Any, *_: Any) -> StoredTensor:
     if not isinstance(data, StoredTensor):
         raise UnreadableCheckpointError("its pickle describes a parameter that is no tensor")
     return data
+
+
+def _dictionary() -> dict[str, Any]:
+    return {}
 
 
 def _device(kind: str, *index: int) -> str:
@@ -522,7 +520,7 @@ REBUILT: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": _parameter,
     "torch.device": _device,
-    "collections.OrderedDict": lambda: {},
+    "collections.OrderedDict": _dictionary,
     **{
         f"{module}.{name}": (lambda *parts, flavour=flavour: str(flavour(*parts)))
         for module in ("pathlib", "pathlib._local")

@@ -30,7 +30,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -62,7 +62,7 @@ from mxd_lens.pretrained.checkpoint_file import (
     shown,
 )
 
-ReferenceLayer = MxD | SkipMxD | TopKTranscoder | TopKSkipTranscoder | TopKSAE | StandardSAE
+ReferenceLayer: TypeAlias = MxD | SkipMxD | TopKTranscoder | TopKSkipTranscoder | TopKSAE | StandardSAE
 
 CONFIG_CLASS = f"{DESCRIBED_MODULE}.LanguageModelSAERunnerConfig"
 SUFFIXES = (".pkl.gz", ".pkl", ".pt")
@@ -268,7 +268,7 @@ class ReferenceConfig:
     def from_settings(cls, settings: Mapping[str, Any]) -> "ReferenceConfig":
         """Raises UnreadableCheckpointError where a setting is missing or impossible, or no class here
         computes the layer."""
-        known = {name: settings.get(name) for name in cls.__dataclass_fields__}
+        known: dict[str, Any] = {name: settings.get(name) for name in cls.__dataclass_fields__}
         if known["d_out"] is None or known["is_transcoder"] is False:
             known["d_out"] = known["d_in"]
         if known["use_conditional"] is False:
@@ -453,11 +453,9 @@ def _json_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
             raise UnreadableCheckpointError("has a config of more, or deeper, settings than a config has.")
         if isinstance(value, torch.dtype):
             return str(value).removeprefix("torch.")
-        if (
-            value is None
-            or isinstance(value, str | int)
-            or (isinstance(value, float) and math.isfinite(value))
-        ):
+        if value is None or isinstance(value, str | int):
+            return value
+        if isinstance(value, float) and math.isfinite(value):
             return value
         if isinstance(value, list | tuple):
             return [as_json(item, depth + 1) for item in value]
