@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from mxd_lens.evals.frontier import frontier
     from mxd_lens.hooks import replacement_hooks
     from mxd_lens.models import load_model
+    from mxd_lens.pretrained.reference import load_reference_checkpoint
     from mxd_lens.training.activations import PairedActivationsStore
     from mxd_lens.training.runner import TranscoderRunnerConfig, TranscoderTrainingRunner
 
@@ -43,6 +44,7 @@ _MODULES = (
     "architectures",
     "models",
     "hooks",
+    "pretrained.reference",
     "training.activations",
     "training.runner",
     "evals.faithfulness",
@@ -73,6 +75,7 @@ __all__ = [
     "evaluate",
     "frontier",
     "load_model",
+    "load_reference_checkpoint",
     "matched_n_experts",
     "matched_n_features",
     "replacement_hooks",

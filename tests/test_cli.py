@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from mxd_lens import MxD, __version__
 from mxd_lens.cli import app
 
-COMMANDS = ["train", "evaluate", "frontier", "demo"]
+COMMANDS = ["train", "evaluate", "frontier", "convert", "demo"]
 
 
 def run(*arguments: object, code: int = 0):

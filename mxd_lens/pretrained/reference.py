@@ -200,7 +200,7 @@ def _parts(checkpoint: Any) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
 def _common_dtype(weights: Mapping[str, StoredTensor]) -> torch.dtype:
     """The paper's code keeps some weights in float32 whatever its config says: the dtype that holds all."""
     floating = [stored.dtype for stored in weights.values() if stored.dtype in DTYPES]
-    return functools.reduce(torch.promote_types, floating, torch.float16 if floating else torch.float32)
+    return functools.reduce(torch.promote_types, floating or [torch.float32])
 
 
 def _weight_problems(weights: Mapping[str, StoredTensor], dtype: torch.dtype) -> list[str]:
