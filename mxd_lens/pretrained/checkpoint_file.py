@@ -27,7 +27,7 @@ from torch import Tensor
 
 DESCRIBED_MODULE = "sae_training.config"
 """The module of the paper's code whose classes are pickled in its checkpoints."""
-MAX_OPCODES = 100_000
+MAX_OPCODES = 20_000
 """Of one file; a checkpoint of the paper's code has about 600."""
 MAX_EXPANSION = 10
 """Of a compressed file, beyond `FREE_EXPANSION` bytes; trained weights expand by less than 1.2."""
@@ -493,11 +493,16 @@ def is_described(name: str) -> bool:
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> StoredTensor:
-    sizes = [offset, *shape, *stride]
-    possible = len(sizes) < 16 and all(type(n) is int and 0 <= n < 2**63 for n in sizes)
-    if not isinstance(storage, Storage) or not possible or len(shape) != len(stride) or any(rest[2:]):
+    possible = (
+        isinstance(storage, Storage)
+        and isinstance(shape, tuple)
+        and isinstance(stride, tuple)
+        and len(shape) == len(stride) < 8
+        and all(type(n) is int and 0 <= n < 2**63 for n in (offset, *shape, *stride))
+    )
+    if not possible or any(rest[2:]):
         raise UnreadableCheckpointError("its pickle describes a tensor that cannot be")
-    return StoredTensor(storage, offset, tuple(shape), tuple(stride))
+    return StoredTensor(storage, offset, shape, stride)
 
 
 def _parameter(data: Any, *_: Any) -> StoredTensor:
