@@ -159,6 +159,8 @@ def test_the_dtype_asked_for(tmp_path: Path) -> None:
         layer = load_reference_checkpoint(path, dtype=dtype)
         assert layer.cfg.dtype == "bfloat16"
         assert torch.equal(layer.W_enc, random_weights(SETTINGS)["gate"].T.bfloat16())
+    with pytest.raises(ValueError, match=r"must be a floating point one.*int32"):
+        load_reference_checkpoint(path, dtype=torch.int32)
     with pytest.raises(ValueError, match="Invalid dtype: float31"):
         load_reference_checkpoint(path, dtype="float31")
     weights = random_weights(SETTINGS)
@@ -336,6 +338,7 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
     del weights["gate"], weights["b_enc"]
     weights["W_more"] = torch.zeros(2)
     weights["W_cond"] = weights["W_cond"].T
+    weights["gate_bias"][0] = float("inf")
     with pytest.raises(UnreadableCheckpointError) as e:
         load_reference_checkpoint(write(tmp_path, weights=weights))
     for said in (
@@ -343,6 +346,7 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
         "'b_enc': the config says (10,), the weights nothing",
         "'W_more': the config says nothing, the weights (2,)",
         "'W_cond': the config says (6, 14), the weights (14, 6)",
+        "'gate_bias' has values that are not finite",
     ):
         assert said in str(e.value)
     weights = random_weights(SETTINGS)
@@ -350,6 +354,13 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
     weights["b_dec"] = weights["b_dec"].int()
     with pytest.raises(UnreadableCheckpointError, match=r"'b_dec' is of torch.int32.*; 'gate' has values"):
         load_reference_checkpoint(write(tmp_path, weights=weights))
+
+
+def test_five_hundred_weights_too_many(tmp_path: Path) -> None:
+    weights = random_weights(SETTINGS) | {f"more{i}": torch.zeros(2) for i in range(500)}
+    with pytest.raises(UnreadableCheckpointError, match="and 470 more") as e:
+        load_reference_checkpoint(write(tmp_path, weights=weights))
+    assert len(str(e.value)) < 3000
 
 
 @pytest.mark.parametrize(

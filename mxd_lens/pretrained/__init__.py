@@ -1,1 +1,1 @@
-"""Trained layers from elsewhere: read, converted, published and found again."""
+"""Layers that somebody has trained: releases by name, files of other code, the Hugging Face hub."""

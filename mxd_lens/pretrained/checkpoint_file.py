@@ -135,23 +135,17 @@ class StoredTensor:
 
     @property
     def is_row_major(self) -> bool:
-        return _strides(self.shape, self.stride) == _strides(self.shape, _row_major(self.shape))
+        return _is_row_major(self.shape, self.stride)
 
     @property
     def is_column_major(self) -> bool:
-        return (
-            len(self.shape) == 2
-            and StoredTensor(self.storage, self.offset, self.shape[::-1], self.stride[::-1]).is_row_major
-        )
+        return len(self.shape) == 2 and _is_row_major(self.shape[::-1], self.stride[::-1])
 
 
-def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-
-
-def _strides(shape: tuple[int, ...], stride: tuple[int, ...]) -> list[int]:
-    """The strides that matter: one of a dimension of size 1 does not."""
-    return [step for n, step in zip(shape, stride, strict=True) if n != 1]
+def _is_row_major(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Whether each number follows the one before; the stride of a dimension of size 1 does not matter."""
+    right = (math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    return all(n == 1 or step == steps for n, step, steps in zip(shape, stride, right, strict=True))
 
 
 def read_checkpoint_file(path: str | Path) -> Any:

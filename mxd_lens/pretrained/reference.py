@@ -73,6 +73,8 @@ L = TypeVar("L", bound=SAE[Any])
 MAX_SETTINGS = 10_000
 """Values in a config, those inside lists and dictionaries included; the paper's has about 70."""
 MAX_DEPTH = 20
+MAX_PROBLEMS = 30
+"""In one message; a layer has at most 11 weights."""
 
 
 def load_reference_checkpoint(
@@ -157,13 +159,17 @@ def _without_suffix(name: str) -> str:
 
 
 def _load(path: Path, device: str, dtype: str | torch.dtype | None) -> ReferenceLayer:
+    asked = str_to_dtype(dtype) if dtype is not None else None
+    if asked not in (None, *DTYPES):
+        raise ValueError(f"dtype must be a floating point one, as float32, got {dtype}.")
     checkpoint = read_checkpoint_file(path)
     try:
         settings, weights = _parts(checkpoint)
         reference = ReferenceConfig.from_settings(settings)
-        _raise(reference.contradictions(weights), "cannot be used")
-        target = str_to_dtype(dtype) if dtype is not None else _common_dtype(weights)
-        _raise(_weight_problems(weights, target), "cannot be used")
+        target = asked or _common_dtype(weights)
+        expected = reference.shapes()
+        right = {name: stored for name, stored in weights.items() if stored.shape == expected.get(name)}
+        _raise(reference.contradictions(weights) + _weight_problems(right, target), "cannot be used")
         metadata = reference.metadata(settings)
     except UnreadableCheckpointError as e:
         raise UnreadableCheckpointError(f"{path} {e}") from None
@@ -173,7 +179,8 @@ def _load(path: Path, device: str, dtype: str | torch.dtype | None) -> Reference
 
 def _raise(problems: list[str], what: str) -> None:
     if problems:
-        raise UnreadableCheckpointError(f"{what}: {'; '.join(problems)}.")
+        more = f"; and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
+        raise UnreadableCheckpointError(f"{what}: {'; '.join(problems[:MAX_PROBLEMS])}{more}.")
 
 
 def _parts(checkpoint: Any) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
