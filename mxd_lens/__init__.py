@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from mxd_lens.hooks import replacement_hooks
     from mxd_lens.interventions import ablate, steer
     from mxd_lens.models import load_model
+    from mxd_lens.pretrained.reference import load_reference_checkpoint
     from mxd_lens.pretrained.registry import list_pretrained, register_release
     from mxd_lens.reading import find_experts, top_experts
     from mxd_lens.statistics import ExpertStatistics, expert_statistics
@@ -51,6 +52,7 @@ _MODULES = (
     "models",
     "hooks",
     "interventions",
+    "pretrained.reference",
     "pretrained.registry",
     "reading",
     "statistics",
@@ -92,6 +94,7 @@ __all__ = [
     "frontier",
     "list_pretrained",
     "load_model",
+    "load_reference_checkpoint",
     "logit_lens",
     "matched_n_experts",
     "matched_n_features",

@@ -341,6 +341,22 @@ def integers(text: str) -> list[int]:
 
 
 @app.command()
+def convert(
+    file: Annotated[Path, typer.Argument(help="A checkpoint of the paper's code: .pt, .pkl or .pkl.gz.")],
+    folder: Annotated[Path, typer.Argument(help="The folder to write; it must be new or empty.")],
+    dtype: Annotated[
+        str, typer.Option(help="Of the layer: float32, bfloat16, float16. Default: as in the file.")
+    ] = "",
+) -> None:
+    """Turn a checkpoint of the paper's code into a folder that SAELens reads; nothing in it is run."""
+    from mxd_lens.pretrained.reference import convert
+
+    with errors_for_people():
+        layer = convert(file, folder, dtype=dtype or None)
+    typer.echo(f"Saved in {folder}: {type(layer).__name__} of {layer.cfg.metadata.model_name!r}.")
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("mxd-lens-demo"),
     layer: Annotated[int, typer.Option(help="Which MLP of SmolLM2-135M.")] = 12,
