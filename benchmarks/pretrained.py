@@ -8,15 +8,25 @@ each that were held out. What is written to OUTPUT/weights belongs into mxd_lens
 """
 
 import argparse
+import json
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from benchmarks.wikitext import BOS, CONTEXT, HELD_OUT, wikitext_sequences
-from mxd_lens import TranscoderRunnerConfig, load_model
+from mxd_lens import FaithfulnessReport, TranscoderRunnerConfig, expert_statistics, load_model
+from mxd_lens.architectures.base import PairedTranscoder
+from mxd_lens.evals.faithfulness import evaluate_all
 from mxd_lens.evals.frontier import CONTENDERS, Size
 from mxd_lens.models import SMOLLM2
+from mxd_lens.pretrained.card import model_card
+from mxd_lens.pretrained.registry import REPORT_FILENAME
+from mxd_lens.reading import active_experts, layer_input
 from mxd_lens.training.multi_runner import MultiTranscoderTrainingRunner
 from mxd_lens.training.text import load_text, split_text, token_sequences
 
@@ -24,6 +34,8 @@ RELEASES = {"mxd": "smollm2-135m-mxd", "topk_transcoder": "smollm2-135m-transcod
 TRANSCODER_WIDTH = 8192
 """9.4 M parameters: 19 MB in bfloat16."""
 BATCH = 2048
+HELD_OUT_OF_EACH = 64
+"""Sequences of each text to judge on."""
 TEXT = "WikiText-2 (validation, test) and the Brown corpus"
 
 
@@ -72,14 +84,76 @@ def main() -> None:
         )
         for name in RELEASES
     }
-    runner = MultiTranscoderTrainingRunner(
-        cfgs,
-        args.output / "checkpoints",
-        resume=True,
-        override_dataset=Dataset.from_dict({"tokens": train.tolist()}),
-        override_model=model,
-    )
-    runner.run()
+    if not all((args.output / name / "cfg.json").exists() for name in cfgs):
+        MultiTranscoderTrainingRunner(
+            cfgs,
+            args.output / "checkpoints",
+            resume=True,
+            override_dataset=Dataset.from_dict({"tokens": train.tolist()}),
+            override_model=model,
+        ).run()
+
+    held_out = {
+        "WikiText-2, held-out sequences": wikitext[:HELD_OUT_OF_EACH],
+        "the Brown corpus, held-out rows": token_sequences(model, brown_rest, HELD_OUT_OF_EACH),
+    }
+    sae_id = f"blocks.{args.layer}.mlp"
+    folders = {name: args.output / "weights" / release / sae_id for name, release in RELEASES.items()}
+    for name, folder in folders.items():
+        in_bfloat16(args.output / name, folder)
+    # What is judged is what is shipped.
+    saes = {
+        name: PairedTranscoder.load_from_disk(folder, dtype="float32") for name, folder in folders.items()
+    }
+    reports = {text: evaluate_all(saes, model, tokens) for text, tokens in held_out.items()}
+    for name, folder in folders.items():
+        judged = {text: by_name[name] for text, by_name in reports.items()}
+        write_reports(folder, judged)
+        card = model_card(
+            saes[name],
+            judged,
+            release=RELEASES[name],
+            sae_id=sae_id,
+            training=json.loads((args.output / name / "runner_cfg.json").read_text()),
+            top_experts=what_fires(saes[name], model, next(iter(held_out.values()))),
+            base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
+            license="mit",
+        )
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def in_bfloat16(trained: Path, folder: Path) -> None:
+    """The layer and its sparsity, its weights rounded."""
+    sae = PairedTranscoder.load_from_disk(trained, dtype="bfloat16")
+    sae.cfg.device = "cpu"
+    sae.save_model(folder)
+    save_file(load_file(trained / "sparsity.safetensors"), folder / "sparsity.safetensors")
+
+
+def write_reports(folder: Path, reports: dict[str, FaithfulnessReport]) -> None:
+    """report.json on the first text; on the others report-2.json and so on."""
+    for i, report in enumerate(reports.values(), start=1):
+        report.save(folder / (REPORT_FILENAME if i == 1 else f"report-{i}.json"))
+
+
+@torch.no_grad()
+def what_fires(sae: PairedTranscoder, model: Any, tokens: Tensor, n: int = 20) -> dict[int, str]:
+    """The tokens at which the n experts that carry most of the coefficients fire most often."""
+    statistics = expert_statistics(sae, model, tokens)
+    top = statistics.load_share.topk(n).indices.tolist()
+    counts: dict[int, Counter[int]] = {expert: Counter() for expert in top}
+    for batch in tokens.split(8):
+        values, indices = active_experts(sae, layer_input(sae, model, batch))
+        for expert in top:
+            firing = ((indices == expert) & (values > 0)).any(-1) & (batch != BOS)
+            counts[expert].update(batch[firing].tolist())
+    described = {}
+    for expert in top:
+        common = [
+            f"{model.tokenizer.decode([token])!r} {count}" for token, count in counts[expert].most_common(5)
+        ]
+        described[expert] = f"{statistics.density[expert]:.1%} of tokens; most often at {', '.join(common)}"
+    return described
 
 
 if __name__ == "__main__":
