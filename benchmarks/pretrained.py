@@ -24,7 +24,7 @@ from mxd_lens.architectures.base import PairedTranscoder
 from mxd_lens.evals.faithfulness import evaluate_all
 from mxd_lens.evals.frontier import CONTENDERS, Size
 from mxd_lens.models import SMOLLM2
-from mxd_lens.pretrained.card import model_card
+from mxd_lens.pretrained.card import model_card, training_settings
 from mxd_lens.pretrained.registry import REPORT_FILENAME
 from mxd_lens.reading import active_experts, layer_input
 from mxd_lens.training.multi_runner import MultiTranscoderTrainingRunner
@@ -114,7 +114,7 @@ def main() -> None:
             judged,
             release=RELEASES[name],
             sae_id=sae_id,
-            training=json.loads((args.output / name / "runner_cfg.json").read_text()),
+            training=training_settings(json.loads((args.output / name / "runner_cfg.json").read_text())),
             top_experts=what_fires(saes[name], model, next(iter(held_out.values()))),
             base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
             license="mit",

@@ -42,9 +42,9 @@ from mxd_lens.pretrained.card import (
     training_settings,
 )
 from mxd_lens.pretrained.machine_paths import without_machine_paths
+from mxd_lens.pretrained.registry import REPORT_FILENAME
 
 README = "README.md"
-REPORT_FILENAME = "report.json"
 """A layer's report, as `mxd-lens demo` names it; where there are several, report-TEXT.json."""
 OWN_FILES = re.compile(
     "|".join(

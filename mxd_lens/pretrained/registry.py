@@ -205,7 +205,9 @@ def _describe(release: str, sae_id: str, source: str, folder: Path) -> Pretraine
 def _contents(folder: Path) -> dict[str, Any]:
     cfg = json.loads((folder / SAE_CFG_FILENAME).read_text(encoding="utf-8"))
     metadata = cfg.get("metadata", {})
-    report = folder / REPORT_FILENAME
+    # A layer judged on several texts has a report for each.
+    reports = [folder / REPORT_FILENAME, *sorted(folder.glob("report-*.json"))]
+    report = next((path for path in reports if path.is_file()), None)
     with safe_open(folder / SAE_WEIGHTS_FILENAME, framework="pt") as weights:
         shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118
     return {
@@ -216,7 +218,7 @@ def _contents(folder: Path) -> dict[str, Any]:
         "d_sae": cfg["d_sae"],
         "k": cfg.get("k"),
         "n_parameters": sum(torch.Size(shape).numel() for shape in shapes),
-        "report": json.loads(report.read_text(encoding="utf-8")) if report.is_file() else None,
+        "report": json.loads(report.read_text(encoding="utf-8")) if report else None,
     }
 
 
