@@ -2,6 +2,7 @@
 
 import codecs
 import contextlib
+import faulthandler
 import functools
 import gzip
 import io
@@ -68,12 +69,15 @@ def nothing_happens(folder: Path) -> Iterator[None]:
     before = sorted(folder.rglob("*"))
     signal.signal(signal.SIGALRM, too_long)
     signal.alarm(TIMEOUT_S)
+    # No signal handler ends what hangs inside one operation, as the hash of a nested tuple.
+    faulthandler.dump_traceback_later(3 * TIMEOUT_S, exit=True)
     events = []
     try:
         yield
     finally:
         seen, events = events, None
         signal.alarm(0)
+        faulthandler.cancel_dump_traceback_later()
     assert seen == []
     assert sorted(folder.rglob("*")) == before
 

@@ -235,7 +235,6 @@ def _read_zip(file: IO[bytes], data: memoryview) -> Any:
         if start < ends:
             raise UnreadableCheckpointError("its zip archive has entries that overlap")
         ends = start + size
-    forget_pages(data)
     return contents
 
 
