@@ -110,7 +110,7 @@ def main() -> None:
         judged = {text: by_name[name] for text, by_name in reports.items()}
         write_reports(folder, judged)
         card = model_card(
-            saes[name],
+            PairedTranscoder.load_from_disk(folder),
             judged,
             release=RELEASES[name],
             sae_id=sae_id,

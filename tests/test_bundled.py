@@ -67,13 +67,13 @@ class TestALayer:
 
     @pytest.mark.real_model
     def test_it_is_as_faithful_as_its_report_says(self, layer, smollm2) -> None:
-        """On another text, and to a factor: the embedded text is far from what it was trained on."""
+        """On another text, which is far from what it was trained on: to a factor, and by the median."""
         sae = PairedTranscoder.from_pretrained(layer.release, layer.sae_id)
         tokens = token_sequences(smollm2, load_text(EMBEDDED), 4)
         report = evaluate(sae, smollm2, tokens, progress=False)
-        assert report.normalized_mse < 2 * layer.report["normalized_mse"]
-        assert report.ce_loss_recovered > 0.8
-        assert report.normalized_mse_mean_gate > 1.5 * report.normalized_mse
+        assert report.normalized_mse_median < 2 * layer.report["normalized_mse_median"]
+        assert report.ce_loss_recovered > 0.5
+        assert report.normalized_mse_shuffled_gate > 1.5 * report.normalized_mse
 
 
 WITHOUT_NETWORK = """

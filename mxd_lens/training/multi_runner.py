@@ -13,6 +13,7 @@ from sae_lens.config import HfDataset
 from sae_lens.constants import ACTIVATIONS_STORE_STATE_FILENAME, RUNNER_CFG_FILENAME
 from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 from tqdm.auto import tqdm
 from typing_extensions import override
@@ -134,7 +135,8 @@ class MultiTranscoderTrainer(MultiSAETrainer):
                 if self.stop.requested:
                     self.checkpoint_or_warn()
                     raise TrainingInterrupted(self.last_checkpoint)
-        self._maybe_log_sparsity(final=True)
+        if hasattr(SAETrainer, "full_sparsity_window_log"):  # SAELens 6.54
+            self._maybe_log_sparsity(final=True)
         for trainer in self.trainers.values():
             trainer.fold_scaling()
             trainer.set_final_sae_metadata()
