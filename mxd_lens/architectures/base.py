@@ -386,7 +386,8 @@ class PairedTranscoder(Transcoder):
         for name, weight in state_dict.items():
             if weight.dtype not in DTYPE_TO_STR:
                 raise ValueError(f"{name} holds {weight.dtype}: weights are floating-point numbers.")
-            if not weight.isfinite().all():
+            # isfinite(weight) would make a copy of it.
+            if not torch.linalg.vector_norm(weight, ord=float("inf")).isfinite():
                 raise ValueError(f"{name} holds values that are not finite in {weight.dtype}.")
         state_dict["W_enc"] = expert_by_expert(state_dict["W_enc"])
 
@@ -404,7 +405,7 @@ class PairedTranscoder(Transcoder):
         device: str = "cpu",
         dtype: str | None = None,
         converter: PretrainedSaeDiskLoader = read_folder,
-        fold_W_dec_norm: bool = False,
+        **kwargs: Any,
     ) -> Self:
         """As SAELens' `load_from_disk`, with errors that say what is wrong with the folder.
 
@@ -416,7 +417,7 @@ class PairedTranscoder(Transcoder):
         """
         folder = Path(path)
         try:
-            return super().load_from_disk(path, device, dtype, converter, fold_W_dec_norm)
+            return super().load_from_disk(path, device, dtype, converter, **kwargs)
         except (KeyError, TypeError, AttributeError) as e:
             raise ValueError(
                 f"{folder / SAE_CFG_FILENAME} is not the configuration of a layer ({type(e).__name__}: {e})."
