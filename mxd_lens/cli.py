@@ -315,7 +315,7 @@ def frontier(
         try:
             for i, name in enumerate(held_out):
                 write_frontier_png(output / f"frontier-{i}.png", result, name)
-        except (ImportError, RuntimeError) as e:
+        except (ImportError, RuntimeError, ValueError) as e:  # which one depends on plotly's version
             typer.echo(f"No PNG was written ({e}).", err=True)
         if result.failures:
             typer.echo("Failed: " + "; ".join(f"{name}: {why}" for name, why in result.failures.items()))

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -235,8 +236,12 @@ def _quiet() -> Iterator[None]:
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: MXD_LENS_CACHE, or the user's cache directory."""
-    return Path(os.environ.get("MXD_LENS_CACHE") or user_cache_path("mxd_lens", appauthor=False))
+    """Where converted models are kept: MXD_LENS_CACHE, or the user's cache directory.
+
+    Each transformers version has a folder of its own: an older one cannot read what a newer one wrote.
+    """
+    root = Path(os.environ.get("MXD_LENS_CACHE") or user_cache_path("mxd_lens", appauthor=False))
+    return root / f"transformers-{version('transformers')}"
 
 
 def smollm2_is_available() -> bool:

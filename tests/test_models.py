@@ -4,6 +4,7 @@ import importlib.util
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from threading import Barrier
 from types import SimpleNamespace
@@ -87,7 +88,7 @@ def test_a_path_from_home(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MXD_LENS_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+    return tmp_path / "cache" / f"transformers-{version('transformers')}"
 
 
 @pytest.fixture
