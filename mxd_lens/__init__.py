@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from mxd_lens.hooks import replacement_hooks
     from mxd_lens.interventions import ablate, steer
     from mxd_lens.models import load_model
+    from mxd_lens.pretrained.hub import push_to_hub
     from mxd_lens.pretrained.reference import load_reference_checkpoint
     from mxd_lens.pretrained.registry import list_pretrained, register_release
     from mxd_lens.reading import find_experts, top_experts
@@ -52,6 +53,7 @@ _MODULES = (
     "models",
     "hooks",
     "interventions",
+    "pretrained.hub",
     "pretrained.reference",
     "pretrained.registry",
     "reading",
@@ -98,6 +100,7 @@ __all__ = [
     "logit_lens",
     "matched_n_experts",
     "matched_n_features",
+    "push_to_hub",
     "register_release",
     "replacement_hooks",
     "steer",

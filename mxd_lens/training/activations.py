@@ -1,5 +1,6 @@
 """Activations in pairs: an MLP's input and its output on the same token, from one forward pass."""
 
+import copy
 import hashlib
 import json
 import warnings
@@ -132,7 +133,8 @@ class PairedActivationsStore(ActivationsStore):
         Raises:
             ValueError: the model has no such hook point, or there is no text.
         """
-        dataset = override_dataset
+        # A copy: SAELens sets the format of tokenised text, and with it changes the fingerprint.
+        dataset = copy.copy(override_dataset)
         if dataset is None:
             dataset = load_text(cfg.dataset_path, cfg.streaming)
         if next(iter(dataset), None) is None:
