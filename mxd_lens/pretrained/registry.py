@@ -56,18 +56,21 @@ class PretrainedLayers(list[PretrainedLayer]):
     """Layers, which print as a table."""
 
     def __rich__(self) -> Table:
-        table = Table(title="Pretrained layers")
-        columns = ("release", "sae_id", "model", "architecture", "experts", "K", "parameters")
-        measured = ("normalised MSE", "feature share", "CE recovered")
-        for column in (*columns, *measured, "from"):
-            right = column in ("experts", "K", "parameters", *measured)
-            table.add_column(column, justify="right" if right else "left")
+        table = Table(title="Pretrained layers", padding=(0, 0), show_lines=True)
+        table.add_column("release\nsae_id\nsource", overflow="fold")
+        table.add_column("architecture\nmodel", overflow="fold")
+        for column in ("experts\nK", "weights", "norm.\nMSE", "feature\nshare", "CE re-\ncovered"):
+            table.add_column(column, justify="right")
         for layer in self:
             report = layer.report or {}
-            cells: list[Any] = [layer.release, layer.sae_id, layer.model_name, layer.architecture]
-            cells += [layer.d_sae, layer.k, layer.n_parameters]
-            cells += [report.get(name) for name in ("normalized_mse", "feature_share", "ce_loss_recovered")]
-            table.add_row(*map(_cell, cells), layer.source)
+            measured = [report.get(name) for name in ("normalized_mse", "feature_share", "ce_loss_recovered")]
+            table.add_row(
+                f"{layer.release}\n{layer.sae_id}\n{layer.source}",
+                f"{_cell(layer.architecture)}\n{_cell(layer.model_name)}",
+                f"{_cell(layer.d_sae)}\n{_cell(layer.k)}",
+                "?" if layer.n_parameters is None else f"{layer.n_parameters / 1e6:.1f} M",
+                *map(_cell, measured),
+            )
         return table
 
 
