@@ -148,7 +148,6 @@ CALLS: dict[str, tuple[str, ...]] = {
     "builtins.compile": (OPEN, "x", "exec"),
     "builtins.open": (CANARY, "w"),
     "builtins.__import__": ("antigravity",),
-    "builtins.getattr": (TOUCH, "upper"),
     "builtins.setattr": (TOUCH, "upper", ""),
     "builtins.print": (TOUCH,),
     "builtins.bytearray": (TOUCH,),
@@ -255,6 +254,24 @@ def test_a_call(name: str, file_format: str, tmp_path: Path) -> None:
     assert f"names {name!r}" in message
     assert "nothing was run" in message
     assert not Path(CANARY).exists()
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+@pytest.mark.parametrize("module", ["builtins", "__builtin__"])
+@pytest.mark.parametrize("of", [OrderedDict, torch.device, torch.float32, "a string"])
+def test_an_attribute_of_what_is_no_enum(of: Any, module: str, file_format: str, tmp_path: Path) -> None:
+    """The one use of getattr that is read is a member of one of the config's Enums."""
+    target = text(of) if isinstance(of, str) else global_opcodes(*name_of(of))
+    opcodes = global_opcodes(module, "getattr") + target + text("system") + b"\x86R"
+    message = refused_bytes(in_container(opcodes, file_format), tmp_path, file_format)
+    assert "asks for an attribute of" in message
+    assert "nothing was run" in message
+
+
+def name_of(value: Any) -> tuple[str, str]:
+    if isinstance(value, torch.dtype):
+        return "torch", "float32"
+    return value.__module__, value.__qualname__
 
 
 @pytest.mark.parametrize("file_format", FORMATS)

@@ -512,6 +512,13 @@ def _device(kind: str, *index: int) -> str:
     return ":".join([kind, *map(str, index)])
 
 
+def _member(of: Any, name: Any) -> Described:
+    """A member of an Enum, by its name."""
+    if not isinstance(of, Name) or not is_described(of) or type(name) is not str:
+        raise UnreadableCheckpointError(f"its pickle asks for an attribute of {shown(of)}; nothing was run")
+    return Described(of, (name,))
+
+
 LOAD_FROM_BYTES = "torch.storage._load_from_bytes"
 
 REBUILT: dict[str, Callable[..., Any]] = {
@@ -519,6 +526,9 @@ REBUILT: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_parameter": _parameter,
     "torch.device": _device,
     "collections.OrderedDict": _dictionary,
+    # What Python 3.11.0 to 3.11.3 writes for a member of an Enum; the others write Class(value).
+    "builtins.getattr": _member,
+    "__builtin__.getattr": _member,
     **{
         f"{module}.{name}": (lambda *parts, flavour=flavour: str(flavour(*parts)))
         for module in ("pathlib", "pathlib._local")
