@@ -117,18 +117,21 @@ def frontier_figure(frontier: Frontier, text: str) -> go.Figure:
         ]
         for column, level in ((1, 1.0), (2, mean(zero) if zero else None)):
             if level is not None:
-                figure.add_hline(
-                    level,
-                    line={"color": GREY, "dash": "longdashdot", "width": 1},
-                    annotation_text="zero ablated",
-                    annotation_font_size=11,
-                    row=row,
-                    col=column,
+                level_line = go.Scatter(
+                    x=[ks[0], ks[-1]],
+                    y=[level, level],
+                    mode="lines",
+                    line={"color": GREY, "dash": "longdashdot", "width": 1.2},
+                    name="zero ablated",
+                    legendgroup="zero ablated",
+                    showlegend=(row, column) == (1, 1),
+                    hovertemplate="zero ablated: %{y:.4f}<extra></extra>",
                 )
+                figure.add_trace(level_line, row=row, col=column)
     style(figure, 90 + 330 * len(layers))
     figure.update_xaxes(type="log", tickvals=ks, ticktext=[str(k) for k in ks], title_text="K")
-    figure.update_yaxes(rangemode="tozero", col=1)
-    figure.update_yaxes(type="log", col=2, minor={"showgrid": False}, dtick=1)
+    figure.update_yaxes(type="log", tickvals=[0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5, 10, 20], col=1)
+    figure.update_yaxes(rangemode="tozero", col=2)  # near 0 it may be below: not a logarithm
     figure.update_layout(
         showlegend=True,
         margin_t=110,
