@@ -100,13 +100,13 @@ def test_replacement_hooks_on_a_bridges_own_names(any_model):
 def test_a_batch_and_two_layers(any_model, mxd):
     later = random_mxd(D_MODEL, "blocks.2.mlp.hook_in", "blocks.2.hook_mlp_out", k=7)
     tokens = any_model.to_tokens([PROMPT, "a dog ran under the small hill then"])
-    hooks = replacement_hooks(mxd) + replacement_hooks(later)
-    both = any_model.run_with_hooks(tokens, fwd_hooks=hooks)
-    with any_model.hooks(fwd_hooks=replacement_hooks(mxd)):
-        x = any_model.run_with_cache(tokens)[1]["blocks.2.mlp.hook_in"]
-        y = later.forward(x)
-        name = hook_point_name(any_model, "blocks.2.hook_mlp_out")
-        close(both, any_model.run_with_hooks(tokens, fwd_hooks=[(name, lambda _, hook: y)]))
+    both = any_model.run_with_hooks(tokens, fwd_hooks=replacement_hooks(mxd) + replacement_hooks(later))
+    inputs = []
+    capture = ("blocks.2.mlp.hook_in", lambda x, hook: inputs.append(x))
+    any_model.run_with_hooks(tokens, fwd_hooks=[*replacement_hooks(mxd), capture])
+    y = later.forward(inputs[0])
+    replace = (hook_point_name(any_model, "blocks.2.hook_mlp_out"), lambda _, hook: y)
+    close(both, any_model.run_with_hooks(tokens, fwd_hooks=[*replacement_hooks(mxd), replace]))
 
 
 def test_run_with_saes(sae_model, mxd):
