@@ -110,7 +110,7 @@ def test_the_lines_of_a_frontier(frontier):
     assert list(line.x) == [8, 32]
     assert list(line.y) == pytest.approx([2 * (1 / 8 + 0.12 + 0.0005), 2 * (1 / 32 + 0.12 + 0.0005)])
     assert list(line.error_y.array) == pytest.approx([0.001, 0.001])
-    assert sum(t.showlegend for t in figure.data) == 2
+    assert [t.name for t in figure.data if t.showlegend] == ["A & A", "B", "zero ablated"]
     (short,) = [t for t in figure.data if t.line.dash == "dash" and t.name == "B" and t.xaxis == "x"]
     assert list(short.x) == [8]
 
