@@ -8,19 +8,20 @@ each that were held out. What is written to OUTPUT/weights belongs into mxd_lens
 """
 
 import argparse
-import json
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from sae_lens.constants import RUNNER_CFG_FILENAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.wikitext import BOS, CONTEXT, HELD_OUT, wikitext_sequences
-from mxd_lens import FaithfulnessReport, TranscoderRunnerConfig, expert_statistics, load_model
+from mxd_lens import ExpertStatistics, FaithfulnessReport, TranscoderRunnerConfig, load_model
 from mxd_lens.architectures.base import PairedTranscoder
+from mxd_lens.architectures.saved import read_json
 from mxd_lens.evals.faithfulness import evaluate_all
 from mxd_lens.evals.frontier import CONTENDERS, Size
 from mxd_lens.models import SMOLLM2
@@ -114,9 +115,8 @@ def main() -> None:
             judged,
             release=RELEASES[name],
             sae_id=sae_id,
-            training=training_settings(json.loads((args.output / name / "runner_cfg.json").read_text())),
+            training=training_settings(read_json(args.output / name / RUNNER_CFG_FILENAME)),
             top_experts=what_fires(saes[name], model, next(iter(held_out.values()))),
-            base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
             license="mit",
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
@@ -139,16 +139,19 @@ def write_reports(folder: Path, reports: dict[str, FaithfulnessReport]) -> None:
 @torch.no_grad()
 def what_fires(sae: PairedTranscoder, model: Any, tokens: Tensor, n: int = 20) -> dict[int, str]:
     """The tokens at which the n experts that carry most of the coefficients fire most often."""
-    statistics = expert_statistics(sae, model, tokens)
-    top = statistics.load_share.topk(n).indices.tolist()
-    counts: dict[int, Counter[int]] = {expert: Counter() for expert in top}
+    statistics = ExpertStatistics.of(sae)
+    counts: dict[int, Counter[int]] = defaultdict(Counter)
     for batch in tokens.split(8):
-        values, indices = active_experts(sae, layer_input(sae, model, batch))
-        for expert in top:
-            firing = ((indices == expert) & (values > 0)).any(-1) & (batch != BOS)
-            counts[expert].update(batch[firing].tolist())
+        kept = batch != BOS
+        x = layer_input(sae, model, batch)[kept]
+        statistics.add(sae, x)
+        values, indices = active_experts(sae, x)
+        token_of, slot = (values > 0).nonzero(as_tuple=True)
+        fired = zip(indices[token_of, slot].tolist(), batch[kept][token_of].tolist(), strict=True)
+        for expert, token in fired:
+            counts[expert][token] += 1
     described = {}
-    for expert in top:
+    for expert in statistics.load_share.topk(n).indices.tolist():
         common = [
             f"{model.tokenizer.decode([token])!r} {count}" for token, count in counts[expert].most_common(5)
         ]

@@ -65,7 +65,12 @@ def shown(cell: Cell) -> str:
     """A cell as it is printed: numbers to three digits, control characters as escapes."""
     if isinstance(cell, float):
         return "–" if math.isnan(cell) else f"{cell:.3g}"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(cell))
+    return printable(str(cell))
+
+
+def printable(text: str) -> str:
+    """Text on one line: what does not print as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def percent(share: float) -> str:

@@ -8,11 +8,10 @@ from statistics import mean
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from mxd_lens.dashboards.page import BLUE, GREEN, GREY, ORANGE, RED, style, write_page
+from mxd_lens.dashboards.page import COLOURS, GREY, style, write_page
 from mxd_lens.evals.faithfulness import FaithfulnessReport
 from mxd_lens.evals.frontier import Frontier
 
-COLOURS = (BLUE, GREEN, ORANGE, RED, "#8d6cab", "#4aa8a8", "#b08d3c", GREY)
 Quantity = Callable[[FaithfulnessReport], float]
 
 DASHES: dict[str, tuple[str, Quantity, Quantity]] = {
@@ -96,7 +95,9 @@ def frontier_figure(frontier: Frontier, text: str) -> go.Figure:
         horizontal_spacing=0.09,
     )
     for row, layer in enumerate(layers, start=1):
-        for colour, (architecture, label) in zip(COLOURS, frontier.settings["labels"].items(), strict=False):
+        for colour, (architecture, label) in zip(
+            (*COLOURS, GREY), frontier.settings["labels"].items(), strict=False
+        ):
             for kind, (dash, *quantities) in DASHES.items():
                 for column, quantity in enumerate(quantities, start=1):
                     trace = line(frontier, text, layer, architecture, quantity)

@@ -29,6 +29,9 @@ td.soft { color: var(--soft); }
 # Grey reads on white and on near-black alike: the figures need no second version for the dark page.
 GREY, BLUE, ORANGE, GREEN, RED = "#808896", "#3b82c4", "#e08a2e", "#3a9d6a", "#c8553d"
 
+COLOURS = (BLUE, GREEN, ORANGE, RED, "#8d6cab", "#4aa8a8", "#b08d3c")
+"""Of the lines and points of a figure that compares architectures, in this order."""
+
 CONFIG = {"displaylogo": False, "responsive": True}
 
 

@@ -5,10 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import plotly.graph_objects as go
 
-from mxd_lens.dashboards.page import BLUE, GREEN, ORANGE, RED, style
+from mxd_lens.dashboards.page import COLOURS, style
 from mxd_lens.evals.steering_scores import SteeringScores
-
-COLOURS = (BLUE, GREEN, ORANGE, RED, "#8d6cab", "#4aa8a8", "#b08d3c")
 
 
 def steering_figure(scores: SteeringScores) -> go.Figure:

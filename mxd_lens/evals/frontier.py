@@ -34,7 +34,7 @@ from mxd_lens.architectures import (
 )
 from mxd_lens.evals.faithfulness import FaithfulnessReport, evaluate_all
 from mxd_lens.training.multi_runner import MultiTranscoderTrainingRunner
-from mxd_lens.training.runner import TranscoderRunnerConfig, read_json
+from mxd_lens.training.runner import TranscoderRunnerConfig, read_json, then_and_now, write_json
 from mxd_lens.training.trainer import complete_checkpoints
 
 FRONTIER_FILENAME = "frontier.json"
@@ -146,9 +146,7 @@ class Frontier:
         known = {"settings": self.settings, "points": [point.to_dict() for point in self.points]}
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}")
-        partial.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_json(path, known)
 
     @classmethod
     def load(cls, path: str | Path) -> "Frontier":
@@ -366,11 +364,7 @@ def _settings(
 
 def _refuse_other_sweep(output: Path, known: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     ours = json.loads(json.dumps(settings))
-    changed = [
-        f"{name}: {known.get(name)!r} then, {ours[name]!r} now"
-        for name in sorted(ours.keys() - {"versions", "machine", "lr", "labels"})
-        if known.get(name) != ours[name]
-    ]
+    changed = then_and_now(known, ours, sorted(ours.keys() - {"versions", "machine", "lr", "labels"}))
     changed += [
         f"lr of {name}: {known['lr'][name]} then, {lr} now"
         for name, lr in ours["lr"].items()

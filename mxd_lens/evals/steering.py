@@ -12,6 +12,7 @@ from rich.table import Table
 from sae_lens import SAE
 from torch.nn import functional as F
 
+from mxd_lens.hooks import hook_names
 from mxd_lens.interventions import Mode, steer
 
 NGRAM = 3
@@ -153,10 +154,9 @@ def compare(
 ) -> SteeredSamples:
     """Samples with one expert steered, and puts unsteered texts that are there already beside them."""
     steered = written(model, sae, {expert: coefficient}, mode, sampling)
-    metadata = sae.cfg.metadata
     return SteeredSamples(
         model_name=model.cfg.model_name,
-        hook_name_out=metadata.hook_name_out or metadata.hook_name,
+        hook_name_out=hook_names(sae)[1],
         expert=expert,
         coefficient=coefficient,
         mode=mode,

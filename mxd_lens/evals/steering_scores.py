@@ -5,7 +5,6 @@ are. Neither says much without the other.
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from tqdm.auto import tqdm
 from mxd_lens.evals.judges import Judge, LocalJudge
 from mxd_lens.evals.steering import Sampling, compare, measure, written
 from mxd_lens.interventions import Mode, expert_id
+from mxd_lens.training.runner import then_and_now, write_json
 
 SCORES_FILENAME = "steering_scores.json"
 
@@ -58,11 +58,8 @@ class SteeringScores:
 
     def save(self, path: str | Path) -> None:
         """Writes them as JSON; an older file is exchanged in one step."""
-        path = Path(path)
-        beside = path.with_name(path.name + ".new")
         known = {"settings": self.settings, "scores": [asdict(score) for score in self.scores]}
-        beside.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, path)
+        write_json(Path(path), known)
 
     @classmethod
     def load(cls, path: str | Path) -> "SteeringScores":
@@ -174,11 +171,7 @@ def _chosen(name: str, sae: SAE[Any], experts: int | Mapping[str, Sequence[int]]
 
 def _resumed(path: Path, settings: Mapping[str, Any]) -> SteeringScores:
     known = SteeringScores.load(path)
-    changed = [
-        f"{name}: {known.settings.get(name)!r} then, {value!r} now"
-        for name, value in settings.items()
-        if name != "layers" and known.settings.get(name) != value
-    ]
+    changed = then_and_now(known.settings, settings, [name for name in settings if name != "layers"])
     known_layers = known.settings["layers"]
     changed += [
         f"{name}: {known_layers[name]} then, {what} now"

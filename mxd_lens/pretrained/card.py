@@ -12,6 +12,7 @@ from mxd_lens.architectures.mxd import MxD
 from mxd_lens.architectures.skip import WithSkip
 from mxd_lens.models import hub_name
 from mxd_lens.pretrained.machine_paths import without_machine_paths
+from mxd_lens.tables import printable
 
 TITLES = {
     "mxd": "A Mixture of Decoders",
@@ -329,8 +330,7 @@ def quoted(text: str) -> str:
 
 def plain(text: str) -> str:
     """Markdown that shows `text` letter for letter, on one line."""
-    visible = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return re.sub(r"([\\`*_{}\[\]<>|~$&#])", r"\\\1", visible)
+    return re.sub(r"([\\`*_{}\[\]<>|~$&#])", r"\\\1", printable(text))
 
 
 def code(text: str | None) -> str:

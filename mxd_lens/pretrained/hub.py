@@ -45,7 +45,6 @@ from mxd_lens.pretrained.machine_paths import without_machine_paths
 from mxd_lens.pretrained.registry import REPORT_FILENAME
 
 README = "README.md"
-"""A layer's report, as `mxd-lens demo` names it; where there are several, report-TEXT.json."""
 OWN_FILES = re.compile(
     "|".join(
         re.escape(name)

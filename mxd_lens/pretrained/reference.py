@@ -52,6 +52,7 @@ from mxd_lens.architectures import (
     TopKTranscoderConfig,
 )
 from mxd_lens.architectures.mxd import HIDDEN_ACTIVATIONS
+from mxd_lens.architectures.saved import few
 from mxd_lens.pretrained.checkpoint_file import (
     DESCRIBED_MODULE,
     Described,
@@ -179,8 +180,7 @@ def _load(path: Path, device: str, dtype: str | torch.dtype | None) -> Reference
 
 def _raise(problems: list[str], what: str) -> None:
     if problems:
-        more = f"; and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
-        raise UnreadableCheckpointError(f"{what}: {'; '.join(problems[:MAX_PROBLEMS])}{more}.")
+        raise UnreadableCheckpointError(f"{what}: {few(problems, MAX_PROBLEMS)}.")
 
 
 def _parts(checkpoint: Any) -> tuple[dict[str, Any], dict[str, StoredTensor]]:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 BUNDLED = Path(__file__).parent / "weights"
 REPORT_FILENAME = "report.json"
+"""A layer's report, as `mxd-lens demo` names it; where there are several, report-TEXT.json."""
 LOADER = "mxd_lens"
 """What SAELens calls the loader of releases that are folders."""
 

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -398,21 +398,25 @@ def refuse_another_run(*folders: str | Path | None) -> None:
 def refuse_other_settings(checkpoint: Path, saved: dict[str, Any], cfg: TranscoderRunnerConfig) -> None:
     """Raises ValueError where the run in `checkpoint`, with the config `saved`, is not the one of `cfg`."""
     ours = json.loads(json.dumps(cfg.to_dict()))
-    changed = [
-        f"{name}: {saved.get(name)!r} then, {ours.get(name)!r} now"
-        for name in sorted((ours.keys() | saved.keys()) - set(WHERE_NOT_WHAT) - {"sae"})
-        if saved.get(name) != ours.get(name)
-    ]
-    saved_sae, our_sae = saved.get("sae", {}), ours["sae"]
-    changed += [
-        f"sae.{name}: {saved_sae.get(name)!r} then, {our_sae.get(name)!r} now"
-        for name in sorted(our_sae.keys() - {"metadata", "device"})
-        if saved_sae.get(name) != our_sae.get(name)
-    ]
+    names = sorted((ours.keys() | saved.keys()) - set(WHERE_NOT_WHAT) - {"sae"})
+    changed = then_and_now(saved, ours, names)
+    names = sorted(ours["sae"].keys() - {"metadata", "device"})
+    changed += then_and_now(saved.get("sae", {}), ours["sae"], names, "sae.")
     if changed:
         raise ValueError(
             f"{checkpoint} is of another run, and cannot be resumed as this one. " + "; ".join(changed)
         )
+
+
+def then_and_now(
+    then: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str], prefix: str = ""
+) -> list[str]:
+    """The settings that differ, a line each."""
+    return [
+        f"{prefix}{name}: {then.get(name)!r} then, {now.get(name)!r} now"
+        for name in names
+        if then.get(name) != now.get(name)
+    ]
 
 
 def make_folders(*folders: str | Path | None) -> None:
@@ -445,3 +449,10 @@ def read_json(file: Path) -> Any:
         )
     with reading(file):
         return json.loads(file.read_text(encoding="utf-8"))
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Writes a JSON file, in the place of an older one in one step."""
+    partial = file.with_name(f".{file.name}")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.replace(file)
