@@ -2,8 +2,10 @@
 
 import json
 import math
+import re
 import threading
 from collections import Counter
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -13,14 +15,28 @@ from conftest import D_MODEL
 from rich.console import Console
 from test_attach import MODELS, random_mxd
 
-from mxd_lens import load_model, replacement_hooks
-from mxd_lens.dashboards.steering_figure import ellipse, steering_figure
+from mxd_lens import TopKTranscoder, TopKTranscoderConfig, load_model, replacement_hooks
+from mxd_lens.dashboards.steering_page import ellipse, steering_figure, worth, write_steering_page
 from mxd_lens.evals.judges import EndpointJudge, Judgement, LocalJudge, parse_judgement, token_agreement
-from mxd_lens.evals.steering import Sampling, SteeredSamples, perplexity, repetition, steered_samples
-from mxd_lens.evals.steering_scores import SCORES_FILENAME, SteeringScores, steering_scores
+from mxd_lens.evals.steering import (
+    Measured,
+    Sampling,
+    SteeredSamples,
+    measure,
+    perplexity,
+    repetition,
+    steered_samples,
+)
+from mxd_lens.evals.steering_scores import (
+    SCORES_FILENAME,
+    SteeringScores,
+    matched_coefficient,
+    steering_scores,
+)
 from mxd_lens.models import SMOLLM2
 
 PROMPT = "the big cat"
+MEASURED = Measured(3.0, 2.5, 0.0, 0.0)
 SMALL = Sampling(prompt=PROMPT, n_samples=3, max_new_tokens=8, top_p=0.9)
 
 
@@ -169,20 +185,22 @@ def of_ids(steered, unsteered) -> SteeredSamples:
 
 
 def test_the_local_judge(model):
-    judge = LocalJudge(model)
+    def judged(samples):
+        return LocalJudge(model)(samples, measure(model, samples))
+
     plain = [[4, 5, 6, 7, 8], [5, 4, 7, 6, 8], [8, 7, 4, 5, 6]]
-    concept = judge(of_ids([[10, 11, 12, 13], [13, 11, 12, 10], [12, 10, 11, 13]], plain))
+    concept = judged(of_ids([[10, 11, 12, 13], [13, 11, 12, 10], [12, 10, 11, 13]], plain))
     assert concept.concept > 90
-    unmoved = judge(of_ids(plain, plain))
+    unmoved = judged(of_ids(plain, plain))
     assert unmoved.concept == 0
     assert unmoved.fluency == 100
-    scattered = judge(of_ids([[9, 10], [11, 12], [13, 14]], plain))
+    scattered = judged(of_ids([[9, 10], [11, 12], [13, 14]], plain))
     assert scattered.concept < concept.concept / 2
-    loop = judge(of_ids([[10, 11] * 8, [11, 10] * 8], plain))
+    loop = judged(of_ids([[10, 11] * 8, [11, 10] * 8], plain))
     assert loop.fluency < 20
-    assert judge(of_ids([[], [], []], plain)) == Judgement(0, 0)
+    assert judged(of_ids([[], [], []], plain)) == Judgement(0, 0)
     with pytest.raises(ValueError, match="at least two"):
-        judge(of_ids([[4]], plain))
+        judged(of_ids([[4]], plain))
 
 
 # A judge behind an endpoint
@@ -237,7 +255,7 @@ GOOD = '{"concept_coherence": 70, "fluency": 35.5}'
 def test_what_the_endpoint_is_asked(endpoint):
     endpoint.answers = [(200, f"Here you are:\n```json\n{GOOD}\n```")]
     samples = of_ids([[4], [5]], [[6]])
-    assert judge_at(endpoint)(samples) == Judgement(70, 35.5)
+    assert judge_at(endpoint)(samples, MEASURED) == Judgement(70, 35.5)
     ((path, authorization, body),) = endpoint.asked
     assert path == "/v1/chat/completions"
     assert authorization == "Bearer a-key"
@@ -267,7 +285,7 @@ def test_what_the_endpoint_is_asked(endpoint):
 )
 def test_what_passes_is_asked_again(endpoint, first):
     endpoint.answers = [first, (200, GOOD)]
-    assert judge_at(endpoint)(of_ids([[4]], [[5]])) == Judgement(70, 35.5)
+    assert judge_at(endpoint)(of_ids([[4]], [[5]]), MEASURED) == Judgement(70, 35.5)
     assert len(endpoint.asked) == 2
 
 
@@ -275,26 +293,26 @@ def test_what_does_not_pass_is_said(endpoint):
     samples = of_ids([[4]], [[5]])
     endpoint.answers = [(200, "No.")]
     with pytest.raises(ValueError, match=r"from 0 to 100 in a JSON object, and answered 'No\.'"):
-        judge_at(endpoint, attempts=3)(samples)
+        judge_at(endpoint, attempts=3)(samples, MEASURED)
     assert len(endpoint.asked) == 3
     endpoint.answers = [(401, b"who are you?")]
     with pytest.raises(ConnectionError, match=r"answered 401 Unauthorized: who are you\?"):
-        judge_at(endpoint)(samples)
+        judge_at(endpoint)(samples, MEASURED)
     assert len(endpoint.asked) == 4
     endpoint.answers = [(500, b"broken")]
     with pytest.raises(ConnectionError, match="answered 500"):
-        judge_at(endpoint, attempts=2)(samples)
+        judge_at(endpoint, attempts=2)(samples, MEASURED)
     endpoint.answers = [("slow", GOOD)]
     with pytest.raises(ConnectionError, match=r"no answer at attempt 2 of 2, waiting 0\.1 s.*timed out"):
-        judge_at(endpoint, attempts=2, timeout=0.1)(samples)
+        judge_at(endpoint, attempts=2, timeout=0.1)(samples, MEASURED)
     with pytest.raises(ValueError, match="attempts must be at least 1"):
-        judge_at(endpoint, attempts=0)(samples)
+        judge_at(endpoint, attempts=0)(samples, MEASURED)
 
 
 def test_an_endpoint_that_is_not_there(endpoint):
     judge = EndpointJudge("http://127.0.0.1:9", "judge-1", attempts=2, pause=0.0)
     with pytest.raises(ConnectionError, match=r"127\.0\.0\.1:9 gave no answer at attempt 2 of 2"):
-        judge(of_ids([[4]], [[5]]))
+        judge(of_ids([[4]], [[5]]), MEASURED)
 
 
 @pytest.mark.parametrize(
@@ -315,7 +333,7 @@ class CountingJudge:
         self.judged: list[int] = []
         self.fail_at = fail_at
 
-    def __call__(self, samples):
+    def __call__(self, samples, measured):  # noqa: ARG002
         if len(self.judged) == self.fail_at:
             raise KeyboardInterrupt
         self.judged.append(samples.expert)
@@ -353,10 +371,56 @@ def test_scores_go_on_where_they_stopped(model, mxd, tmp_path):
     assert scores == whole
     assert len({s.expert for s in scores.scores}) == 4
     changed = settings | {"coefficient": 30.0}
-    with pytest.raises(ValueError, match=r"other scores\. coefficient: 20\.0 then, 30\.0 now"):
+    with pytest.raises(
+        ValueError, match=r"other scores\. one: mxd, .* coefficient 20 then, mxd, .* coefficient 30 now"
+    ):
         steering_scores(model, {"one": mxd}, tmp_path, 4, judge, **changed)
     with pytest.raises(ValueError, match="experts names none for one"):
         steering_scores(model, {"one": mxd}, tmp_path, {"two": [1]}, judge, **settings)
+
+
+def test_a_coefficient_of_each_layers_own(model, mxd, tmp_path):
+    layers = {"one": mxd, "two": mxd}
+    by_layer = {"one": 5.0, "two": 20.0}
+    scores = steering_scores(
+        model, layers, tmp_path, {"one": [3], "two": [3]}, CountingJudge(), by_layer, sampling=SMALL
+    )
+    for score in scores.scores:
+        samples = small_samples(model, mxd, 3, coefficient=by_layer[score.layer])
+        assert score.texts == samples.steered
+    with pytest.raises(ValueError, match="coefficient names none for two"):
+        steering_scores(model, layers, tmp_path, 1, CountingJudge(), {"one": 1.0}, sampling=SMALL)
+
+
+@pytest.mark.parametrize("experts", [None, [3, 8, 21]])
+def test_coefficients_that_change_outputs_alike(mxd, experts):
+    x = torch.randn(40, mxd.cfg.d_in)
+    y, z = mxd(x).double(), mxd.hidden(x).double() @ mxd.W_out.double()
+    chosen = (mxd.encode(x) > 0).any(0).nonzero()[:, 0].tolist() if experts is None else experts
+    lengths = torch.stack([(mxd.W_dec[n].double() * z).norm(dim=-1) for n in chosen])
+    expected = 3 * (y - y.mean(0)).norm(dim=-1).median() / lengths.median()
+    assert matched_coefficient(mxd, x, 3.0, experts) == pytest.approx(expected.item(), rel=1e-5)
+    assert matched_coefficient(mxd, x, 6.0, experts) == pytest.approx(2 * expected.item(), rel=1e-5)
+
+
+def test_a_transcoders_coefficient_and_what_has_none():
+    topk = TopKTranscoder(TopKTranscoderConfig(d_in=D_MODEL, d_out=D_MODEL, d_sae=30, k=4))
+    with torch.no_grad():
+        topk.W_enc.normal_()
+        topk.W_dec.normal_()
+    x = torch.randn(40, D_MODEL)
+    y = topk(x)
+    expected = (y - y.mean(0)).norm(dim=-1).median() / topk.W_dec.norm(dim=-1).median()
+    every = range(topk.cfg.d_sae)
+    assert matched_coefficient(topk, x, 1.0, every) == pytest.approx(expected.item(), rel=1e-5)
+    with torch.no_grad():
+        topk.W_dec.zero_()
+    with pytest.raises(ValueError, match="no length"):
+        matched_coefficient(topk, x, 1.0, every)
+    with pytest.raises(ValueError, match="no expert is active"):
+        matched_coefficient(topk, x[:0], 1.0)
+    with pytest.raises(IndexError):
+        matched_coefficient(topk, x, 1.0, [topk.cfg.d_sae])
 
 
 def test_the_figure(model, mxd, tmp_path):
@@ -369,6 +433,24 @@ def test_the_figure(model, mxd, tmp_path):
     assert np.mean(around.x[:-1]) == pytest.approx(x.mean(), abs=1e-6)
     assert max(around.x) - x.mean() == pytest.approx(x.std(ddof=1), rel=1e-2)
     assert np.mean(around.y[:-1]) == pytest.approx(y.mean(), abs=1e-6)
+
+
+def test_the_page_shows_means_and_the_best_and_worst_texts(model, mxd, tmp_path):
+    scores = steering_scores(
+        model, {"<one>": mxd}, tmp_path, 12, CountingJudge(), sampling=SMALL, progress=False
+    )
+    scores.scores[0] = replace(
+        scores.scores[0], texts=["<script>alert(1)</script>"] * 3, concept=100, fluency=100
+    )
+    page = write_steering_page(tmp_path / "s.html", scores).read_text()
+    markup = re.sub(r"<script type.*?</script>", "", page, flags=re.DOTALL)
+    assert "alert(1)</script>" not in markup.replace("&lt;script&gt;", "")
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; <small>(3 times)" in markup
+    ranked = [s.expert for s in sorted(scores.scores, key=worth, reverse=True)]
+    assert [int(n) for n in re.findall(r"<b>expert (\d+):", markup)] == ranked[:5] + ranked[-5:]
+    concepts = np.array([s.concept for s in scores.scores])
+    error = concepts.std(ddof=1) / len(concepts) ** 0.5
+    assert f"{concepts.mean():.1f} <small>&plusmn; {error:.1f}</small>" in markup
 
 
 def test_the_ellipse_is_at_mahalanobis_distance_1():
@@ -389,6 +471,6 @@ def test_smollm2():
     samples = steered_samples(model, mxd, 7, n_samples=2, max_new_tokens=6)
     assert samples.steered_ids != samples.unsteered_ids
     assert samples == steered_samples(model, mxd, 7, n_samples=2, max_new_tokens=6)
-    judgement = LocalJudge(model)(samples)
+    judgement = LocalJudge(model)(samples, measure(model, samples))
     assert all(0 <= number <= 100 for number in judgement)
     assert torch.equal(model(model.to_tokens("Once upon a time")), before)

@@ -14,7 +14,7 @@ from sae_lens import logger
 from torch import Tensor
 from torch.nn import functional as F
 
-from mxd_lens.evals.steering import SteeredSamples, measure
+from mxd_lens.evals.steering import Measured, SteeredSamples
 
 
 class Judgement(NamedTuple):
@@ -34,8 +34,8 @@ class Judge(Protocol):
         """What the results call it."""
         ...
 
-    def __call__(self, samples: SteeredSamples) -> Judgement:
-        """Judges one expert's texts."""
+    def __call__(self, samples: SteeredSamples, measured: Measured) -> Judgement:
+        """Judges one expert's texts, of which the numbers that need no judge are known."""
         ...
 
 
@@ -58,7 +58,7 @@ class LocalJudge:
     model: Any
     name: str = "local"
 
-    def __call__(self, samples: SteeredSamples) -> Judgement:
+    def __call__(self, samples: SteeredSamples, measured: Measured) -> Judgement:
         """Raises ValueError where there is only one text: nothing can agree with it."""
         if len(samples.steered_ids) < 2:
             raise ValueError("The local judge compares texts with each other: sample at least two.")
@@ -66,7 +66,6 @@ class LocalJudge:
         unsteered = [ids for ids in samples.unsteered_ids if ids]
         if len(steered) < 2 or not unsteered:
             return Judgement(concept=0.0, fluency=0.0)
-        measured = measure(self.model, samples)
         margins = (
             margin(token_agreement(steered, steered), token_agreement(steered, unsteered)),
             margin(
@@ -157,7 +156,7 @@ class EndpointJudge:
     def __repr__(self) -> str:
         return f"EndpointJudge(url={self.url!r}, model={self.model!r})"
 
-    def __call__(self, samples: SteeredSamples) -> Judgement:
+    def __call__(self, samples: SteeredSamples, measured: Measured) -> Judgement:  # noqa: ARG002
         """Asks for one expert's texts.
 
         Raises:

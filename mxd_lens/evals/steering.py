@@ -189,11 +189,18 @@ class Measured(NamedTuple):
     repetition_unsteered: float
 
 
-def measure(model: Any, samples: SteeredSamples) -> Measured:
-    """Perplexity and repetition of steered and unsteered texts."""
-    texts = (samples.steered_ids, samples.unsteered_ids)
+def measure(model: Any, samples: SteeredSamples, perplexity_unsteered: float | None = None) -> Measured:
+    """Perplexity and repetition of steered and unsteered texts.
+
+    The unsteered texts of several experts are the same: their perplexity may be given.
+    """
+    if perplexity_unsteered is None:
+        perplexity_unsteered = perplexity(model, samples.sampling.prompt, samples.unsteered_ids)
     return Measured(
-        *(perplexity(model, samples.sampling.prompt, ids) for ids in texts), *map(repetition, texts)
+        perplexity(model, samples.sampling.prompt, samples.steered_ids),
+        perplexity_unsteered,
+        repetition(samples.steered_ids),
+        repetition(samples.unsteered_ids),
     )
 
 
@@ -204,14 +211,18 @@ def perplexity(model: Any, prompt: str, continuations: Sequence[Sequence[int]]) 
     NaN where there is none. The model is run as it is: a caller inside `steer` gets the steered one's.
     """
     begin = model.to_tokens(prompt)[0]
-    losses = []
+    by_length: dict[int, list[Sequence[int]]] = {}
     for ids in continuations:
         if ids:
-            tokens = torch.cat([begin, torch.tensor(ids).to(begin)]).unsqueeze(0)
-            logits = model(tokens)[0, len(begin) - 1 : -1].float()
-            losses.append(
-                F.cross_entropy(logits, tokens[0, len(begin) :].to(logits.device), reduction="none")
-            )
+            by_length.setdefault(len(ids), []).append(ids)
+    losses = []
+    for of_it in by_length.values():
+        written = torch.tensor(of_it).to(begin)
+        tokens = torch.cat([begin.expand(len(of_it), -1), written], dim=1)
+        logits = model(tokens)[:, len(begin) - 1 : -1].float()
+        losses.append(
+            F.cross_entropy(logits.flatten(0, 1), written.to(logits.device).flatten(), reduction="none")
+        )
     return torch.cat(losses).double().mean().exp().item() if losses else math.nan
 
 

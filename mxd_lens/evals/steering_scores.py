@@ -12,13 +12,16 @@ from statistics import mean
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from rich.table import Table
 from sae_lens import SAE
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from mxd_lens.evals.judges import Judge, LocalJudge
-from mxd_lens.evals.steering import Sampling, compare, measure, written
+from mxd_lens.evals.steering import Sampling, compare, measure, perplexity, written
 from mxd_lens.interventions import Mode, expert_id
+from mxd_lens.reading import expert_ids, take_apart
 from mxd_lens.training.runner import then_and_now, write_json
 
 SCORES_FILENAME = "steering_scores.json"
@@ -93,7 +96,7 @@ def steering_scores(
     output: str | Path,
     experts: int | Mapping[str, Sequence[int]] = 100,
     judge: Judge | None = None,
-    coefficient: float = 100.0,
+    coefficient: float | Mapping[str, float] = 100.0,
     mode: Mode = "add",
     sampling: Sampling | None = None,
     progress: bool = True,
@@ -109,8 +112,8 @@ def steering_scores(
         output: a folder, for steering_scores.json.
         experts: how many of each layer, drawn at random by the sampling's seed; or which, by layer.
         judge: who judges. Default: `LocalJudge(model)`.
-        coefficient, mode: as for `steer`. The same coefficient is a stronger change where experts'
-            coefficients are smaller: say so beside a comparison.
+        coefficient, mode: as for `steer`; the coefficient may differ by layer. The same one is a stronger
+            change where directions are longer: `matched_coefficient` gives those that are alike.
         sampling: how texts are sampled. Default: as in the paper.
         progress: whether to show a progress bar.
 
@@ -120,15 +123,18 @@ def steering_scores(
     """
     judge = judge or LocalJudge(model)
     sampling = sampling or Sampling()
+    by_layer = coefficient if isinstance(coefficient, Mapping) else dict.fromkeys(layers, coefficient)
+    if missing := layers.keys() - by_layer.keys():
+        raise ValueError(f"coefficient names none for {', '.join(sorted(missing))}.")
     chosen = {name: _chosen(name, sae, experts, sampling.seed) for name, sae in layers.items()}
     settings = {
         "model_name": model.cfg.model_name,
         "judge": judge.name,
-        "coefficient": coefficient,
         "mode": mode,
         "sampling": asdict(sampling),
         "layers": {
-            name: f"{sae.cfg.architecture()}, d_sae {sae.cfg.d_sae}, {sae.cfg.metadata.hook_name}"
+            name: f"{sae.cfg.architecture()}, d_sae {sae.cfg.d_sae}, {sae.cfg.metadata.hook_name}, "
+            f"coefficient {by_layer[name]:g}"
             for name, sae in layers.items()
         },
     }
@@ -141,21 +147,59 @@ def steering_scores(
         for name, ids in todo.items():
             sae = layers[name]
             unsteered = written(model, sae, {}, mode, sampling) if ids else []
+            perplexity_unsteered = perplexity(model, sampling.prompt, unsteered)
             for n in ids:
-                samples = compare(model, sae, n, coefficient, mode, sampling, unsteered)
+                samples = compare(model, sae, n, by_layer[name], mode, sampling, unsteered)
+                measured = measure(model, samples, perplexity_unsteered)
                 result.scores.append(
                     SteeringScore(
                         layer=name,
                         architecture=sae.cfg.architecture(),
                         expert=n,
-                        **judge(samples)._asdict(),
-                        **measure(model, samples)._asdict(),
+                        **judge(samples, measured)._asdict(),
+                        **measured._asdict(),
                         texts=samples.steered,
                     )
                 )
                 result.save(path)
                 bar.update()
     return result
+
+
+@torch.no_grad()
+def matched_coefficient(
+    sae: SAE[Any], x: Float[Tensor, "tokens d_in"], strength: float, experts: Sequence[int] | None = None
+) -> float:
+    """The coefficient that changes the output of layers that stand for one MLP alike.
+
+        v = strength * median_t |y_t - mean_t y_t| / median_nt |c_n * (D^T z_t)|
+
+    with 1 in the place of D^T z for a transcoder or an SAE.
+
+    Args:
+        sae: the layer.
+        x: its input at some tokens, special ones left out.
+        strength: how far the median expert moves the output, in units of how far the output is from its
+            mean.
+        experts: whose directions are measured. Default: those active at one of these tokens.
+
+    Raises:
+        ValueError: no expert is active at these tokens, or their directions have no length.
+        IndexError: there is no such expert.
+    """
+    parts = take_apart(sae, x)
+    chosen = parts.fired[1].unique() if experts is None else expert_ids(sae, experts)
+    if not len(chosen):
+        raise ValueError(f"no expert is active at any of these {len(x)} tokens.")
+    # |c_n * v_t|^2 = sum_i c_ni^2 v_ti^2
+    lengths = (
+        parts.directions[chosen].square() @ parts.decoder_out.square().expand(-1, sae.W_dec.shape[1]).T
+    ).sqrt()
+    length = lengths.median().item()
+    if not length:
+        raise ValueError("more than half of these directions have no length.")
+    output = parts.output
+    return strength * (output - output.mean(0)).norm(dim=-1).median().item() / length
 
 
 def _chosen(name: str, sae: SAE[Any], experts: int | Mapping[str, Sequence[int]], seed: int) -> list[int]:
