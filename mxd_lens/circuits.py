@@ -7,11 +7,15 @@
 With s held fixed x is linear in r, and each summand v of r has the direct effect g_n . (w * v) / s. Where a
 layer of this package stands for an earlier MLP, the MLP's summand is taken apart further: its experts, its
 skip connection, its bias, and the error, which is what the model's MLP writes beyond the layer.
+
+An earlier expert m that is active has a_m = pre_m, so its effect e on pre_n is again a sum over what m reads:
+e_p / pre_m * e for each part p with the effect e_p on pre_m, what else is in m's summand (D^T z, s) held
+fixed. Going on like this, `strongest_paths` follows a pre-activation back to heads and embeddings.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -127,6 +131,22 @@ def direct_effects(
             earlier, the layer reads something else than the normalised residual stream, or the model
             normalises what attention and MLP write, so that heads do not add up.
     """
+    stream, earlier, n = read_stream(model, sae, expert, prompt, position, layers)
+    effects, pre_activation = stream.effects(sae, n, earlier)
+    return DirectEffects(
+        effects, pre_activation, n, block_of(sae), stream.position, model.tokenizer.decode([stream.token])
+    )
+
+
+def read_stream(
+    model: Any,
+    sae: SAE[Any],
+    expert: int,
+    prompt: str | Int[Tensor, " positions"],
+    position: int,
+    layers: Iterable[SAE[Any]],
+) -> "tuple[Stream, dict[int, SAE[Any]], int]":
+    """The stream below a layer's MLP, the earlier layers by their block, and the expert's id."""
     if getattr(model.cfg, "use_normalization_before_and_after", False):
         raise ValueError(
             f"{model.cfg.model_name} normalises what attention and MLPs write: heads do not add up there."
@@ -135,35 +155,11 @@ def direct_effects(
     tokens = one_prompt(model, prompt)
     if not -len(tokens) <= position < len(tokens):
         raise IndexError(f"there is no token {position}: the prompt has {len(tokens)}.")
-    position %= len(tokens)
     at = block_of(sae)
     earlier = _by_block(layers, at)
     for layer in (sae, *earlier.values()):
         check_trained_on(layer, model)
-    stream = Stream.of(model, tokens, position, at, [sae, *earlier.values()])
-
-    x = stream.inputs[id(sae)]
-    norm, scale = _norm_and_scale(model.blocks[at].ln2, stream.at_mlp, x)
-    gate = sae.W_enc[:, n].double()
-    reading = norm.weight * gate / scale
-    if norm.centres:
-        reading = reading - reading.mean()
-    constant = (gate @ norm.bias + sae.b_enc[n].double()).item()
-
-    effects = [
-        Effect("embedding", None, None, (stream.before[0] @ reading).item()),
-        Effect("gate bias", at, None, constant),
-    ]
-    for block, (heads, bias) in enumerate(zip(stream.heads, stream.attention_biases, strict=True)):
-        effects += [Effect("head", block, h, e) for h, e in enumerate((heads @ reading).tolist())]
-        if bias is not None:
-            effects.append(Effect("attention bias", block, None, (bias @ reading).item()))
-    for block in range(at):
-        effects += _of_mlp(block, stream, earlier.get(block), reading)
-    effects.sort(key=lambda e: -abs(e.effect))
-    pre_activation = (gate @ x + sae.b_enc[n].double()).item()
-    token = model.tokenizer.decode([int(tokens[position])])
-    return DirectEffects(effects, pre_activation, n, at, position, token)
+    return Stream.of(model, tokens, position % len(tokens), at, [sae, *earlier.values()]), earlier, n
 
 
 def block_of(sae: SAE[Any]) -> int:
@@ -178,9 +174,13 @@ def block_of(sae: SAE[Any]) -> int:
     return block
 
 
-class Stream(NamedTuple):
+@dataclass(frozen=True)
+class Stream:
     """The residual stream at one token and what has been written into it, in float64."""
 
+    model: Any
+    position: int
+    token: int
     before: list[Float[Tensor, " d_model"]]
     """Before each block, up to the last that counts."""
     heads: list[Float[Tensor, "heads d_model"]]
@@ -195,8 +195,7 @@ class Stream(NamedTuple):
         cls, model: Any, tokens: Int[Tensor, " positions"], position: int, last: int, saes: Sequence[SAE[Any]]
     ) -> "Stream":
         """Runs the model up to block `last`."""
-        # Attention and MLP side by side, as in Pythia: the last block's heads do not reach its MLP.
-        n_attention = last if getattr(model.cfg, "parallel_attn_mlp", False) else last + 1
+        n_attention = last if _side_by_side(model) else last + 1
         before = [hook_point_name(model, f"blocks.{block}.hook_resid_pre") for block in range(last + 1)]
         mixed = [hook_point_name(model, f"blocks.{block}.attn.hook_z") for block in range(n_attention)]
         inputs = {id(sae): input_hook(sae, model) for sae in saes}
@@ -223,6 +222,9 @@ class Stream(NamedTuple):
             b_O = attention.b_O
             biases.append(None if b_O is None or not b_O.any() else b_O.double())
         return cls(
+            model,
+            position,
+            int(tokens[position]),
             [captured[name] for name in before],
             heads,
             biases,
@@ -239,38 +241,64 @@ class Stream(NamedTuple):
         """What a block's MLP, or what is attached in its place, writes: the rest of what the block writes."""
         return self.before[block + 1] - self.before[block] - self.attention(block)
 
-    @property
-    def at_mlp(self) -> Float[Tensor, " d_model"]:
-        """What the last block's MLP reads, before its norm."""
-        last = len(self.before) - 1
-        return self.before[last] + (self.attention(last) if len(self.heads) > last else 0)
+    def effects(self, sae: SAE[Any], n: int, earlier: Mapping[int, SAE[Any]]) -> tuple[list[Effect], float]:
+        """The direct effects on the pre-activation of expert n of one of the layers, and that itself."""
+        at = block_of(sae)
+        n_attention = at if _side_by_side(self.model) else at + 1
+        r = self.before[at] + (self.attention(at) if n_attention > at else 0)
+        x = self.inputs[id(sae)]
+        norm, scale = _norm_and_scale(self.model.blocks[at].ln2, r, x)
+        gate = sae.W_enc[:, n].double()
+        reading = norm.weight * gate / scale
+        if norm.centres:
+            reading = reading - reading.mean()
+        gate_bias = sae.b_enc[n].double()
+        if sae.cfg.apply_b_dec_to_input:
+            gate_bias = gate_bias - gate @ sae.b_dec.double()
+
+        effects = [
+            Effect("embedding", None, None, (self.before[0] @ reading).item()),
+            Effect("gate bias", at, None, (gate @ norm.bias + gate_bias).item()),
+        ]
+        for block in range(n_attention):
+            by_head = (self.heads[block] @ reading).tolist()
+            effects += [Effect("head", block, h, effect) for h, effect in enumerate(by_head)]
+            bias = self.attention_biases[block]
+            if bias is not None:
+                effects.append(Effect("attention bias", block, None, (bias @ reading).item()))
+        for block in range(at):
+            effects += self._of_mlp(block, earlier.get(block), reading)
+        effects.sort(key=lambda e: -abs(e.effect))
+        return effects, (gate @ x + gate_bias).item()
+
+    def _of_mlp(self, block: int, sae: SAE[Any] | None, reading: Float[Tensor, " d_model"]) -> list[Effect]:
+        written = self.mlp(block)
+        if sae is None:
+            return [Effect("mlp", block, None, (written @ reading).item())]
+        parts = take_apart(sae, self.inputs[id(sae)][None])
+        if parts.directions.shape[1] != len(written):
+            raise ValueError(
+                f"the layer of block {block} is {parts.directions.shape[1]} wide, the model's residual "
+                f"stream {len(written)}."
+            )
+        token_of, experts, a = parts.fired
+        vectors = a[:, None] * parts.directions[experts] * parts.decoder_out[token_of]
+        summands = {"bias": parts.bias.double()}
+        if parts.skip is not None:
+            summands["skip"] = parts.skip[0].double()
+        summands["error"] = written - vectors.double().sum(0) - sum(summands.values())
+        return [
+            *(
+                Effect("expert", block, m, effect)
+                for m, effect in zip(experts.tolist(), (vectors.double() @ reading).tolist(), strict=True)
+            ),
+            *(Effect(name, block, None, (v @ reading).item()) for name, v in summands.items()),
+        ]
 
 
-def _of_mlp(
-    block: int, stream: Stream, sae: SAE[Any] | None, reading: Float[Tensor, " d_model"]
-) -> list[Effect]:
-    written = stream.mlp(block)
-    if sae is None:
-        return [Effect("mlp", block, None, (written @ reading).item())]
-    parts = take_apart(sae, stream.inputs[id(sae)][None])
-    if parts.directions.shape[1] != len(written):
-        raise ValueError(
-            f"the layer of block {block} is {parts.directions.shape[1]} wide, the model's residual stream "
-            f"{len(written)}."
-        )
-    token_of, experts, a = parts.fired
-    vectors = a[:, None] * parts.directions[experts] * parts.decoder_out[token_of]
-    summands = {"bias": parts.bias.double()}
-    if parts.skip is not None:
-        summands["skip"] = parts.skip[0].double()
-    summands["error"] = written - vectors.double().sum(0) - sum(summands.values())
-    return [
-        *(
-            Effect("expert", block, m, effect)
-            for m, effect in zip(experts.tolist(), (vectors.double() @ reading).tolist(), strict=True)
-        ),
-        *(Effect(name, block, None, (v @ reading).item()) for name, v in summands.items()),
-    ]
+def _side_by_side(model: Any) -> bool:
+    """Whether attention and MLP read the same stream, as in Pythia: a block's heads do not reach its MLP."""
+    return bool(getattr(model.cfg, "parallel_attn_mlp", False))
 
 
 def _norm_and_scale(

@@ -39,7 +39,9 @@ def total(effects) -> float:
 
 
 @torch.no_grad()
-def by_hand(folder, sae, expert: int, tokens: torch.Tensor, position: int, layers) -> dict[tuple, float]:
+def by_hand(
+    folder, sae, expert: int, tokens: torch.Tensor, position: int, layers, at: int = 2
+) -> dict[tuple, float]:
     """The same from the transformers library's own model, its weights and its hidden states, in float64."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).model
     kept: dict[tuple, torch.Tensor] = {}
@@ -51,7 +53,6 @@ def by_hand(folder, sae, expert: int, tokens: torch.Tensor, position: int, layer
 
             module.register_forward_hook(keep)
     model(tokens[None])
-    at = 2
     read = sae.W_enc[:, expert]
     stream = model.embed_tokens(tokens)[position]
     summands = {("embedding", None, None): stream}
