@@ -26,7 +26,8 @@ BEAM = 512
 """Unfinished paths kept at every step back."""
 
 
-class Vertex(NamedTuple):
+@dataclass(frozen=True)
+class Vertex:
     """A part of the model, at the token in question."""
 
     part: str
@@ -35,7 +36,7 @@ class Vertex(NamedTuple):
     index: int | None
 
     def __str__(self) -> str:
-        return str(Effect(*self, effect=0.0))
+        return str(Effect(self.part, self.layer, self.index, effect=0.0))
 
 
 class Path(NamedTuple):
