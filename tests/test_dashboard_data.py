@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 from itertools import pairwise
 from pathlib import Path
 
@@ -475,6 +477,21 @@ def test_a_killed_run_goes_on(tiny_model, tokens, tmp_path, monkeypatch, module,
     )
     names = {"dashboard.json", "overview.parquet", "experts.parquet", "excerpts.parquet"}
     assert {path.name for path in (tmp_path / "killed").iterdir() if "partial" not in path.name} == names
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a process to kill")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_process_killed_outright(tiny_model, tokens, tmp_path):
+    sae = make_layer("mxd, k")
+    cfg = CollectionConfig(batch_size=2, checkpoint_every=1)
+    whole = without_date(collect(sae, tiny_model, tokens, cfg=cfg))
+    child = os.fork()
+    if not child:
+        excerpts.losses_without = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        collect(sae, tiny_model, tokens, cfg=cfg, folder=tmp_path)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert [path.name for path in tmp_path.iterdir()] == ["collecting.safetensors"]
+    assert without_date(collect(sae, tiny_model, tokens, cfg=cfg, folder=tmp_path)) == whole
 
 
 def test_a_complete_folder_is_read(tiny_model, tokens, tmp_path, monkeypatch):
