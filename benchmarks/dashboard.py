@@ -1,7 +1,7 @@
 """Collects a dashboard of SmolLM2's bundled MxD and says what it cost: time, and memory above the model.
 
     python -m benchmarks.dashboard --output FOLDER [--experts 200] [--tokens 200000] [--text embedded]
-                                   [--threads 2] [--json FILE]
+                                   [--threads 2] [--no-loss-effects] [--json FILE]
 
 Several numbers of experts (--experts 20,40,80) are collected one after the other, each into a folder of its
 own, which shows what one more expert costs. Seconds are of the clock and, in brackets, of the processor; what

@@ -19,6 +19,7 @@ from test_reading import D_SAE, LAYERS, make_layer, skip_of, true_input, written
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.dashboard import cost
 from mxd_lens import MxD, TopKTranscoder, load_model
 from mxd_lens.dashboards import collection, excerpts, firings
 from mxd_lens.dashboards.collection import collect_dashboard
@@ -572,6 +573,15 @@ def test_a_setting_that_cannot_be_is_said(name, value):
         CollectionConfig(**{name: value})
 
 
+def test_what_it_costs_is_measured(tiny_model, tokens):
+    sae = make_layer("mxd, k")
+    run = cost(lambda: collect(sae, tiny_model, tokens))
+    assert (run["experts"], run["tokens"]) == (4, 76)
+    assert run["excerpts"] > 10
+    assert 0 < sum(clock for clock, _ in run["stages"].values()) < run["seconds"]
+    assert collection.assemble.__name__ == "assemble"
+
+
 # What is kept of a stream
 
 
@@ -755,7 +765,7 @@ def test_hostile_text(byte_model, tmp_path):
 def test_smollm2(smollm2, made, release):
     sae = made.from_pretrained(release, "blocks.11.mlp")
     text = "Emoji 😀👩‍👩‍👧 and العربية mix with <b>markup</b> in 日本語. " * 3
-    ids = [smollm2.tokenizer.bos_token_id, *smollm2.tokenizer(text)["input_ids"]]
+    ids = [smollm2.tokenizer.bos_token_id, *smollm2.tokenizer(text, add_special_tokens=False)["input_ids"]]
     assert "".join(token_texts(smollm2.tokenizer, ids[1:])) == text
     tokens = torch.tensor([ids[:64]])
     cfg = CollectionConfig(n_top=2, n_per_band=1, before=64, after=64)

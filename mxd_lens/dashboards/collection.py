@@ -50,8 +50,6 @@ from mxd_lens.statistics import fingerprint
 from mxd_lens.training.runner import then_and_now
 
 CHECKPOINT_FILENAME = "collecting.safetensors"
-
-
 N_BY_DEFAULT = 100
 """Experts shown where none are named."""
 
@@ -145,7 +143,6 @@ def _settings(
 ) -> dict[str, Any]:
     """What decides the data."""
     hook_name, hook_name_out = hook_names(sae)
-    collection = asdict(cfg)
     return {
         "model_name": model.cfg.model_name,
         "hook_name": hook_name,
@@ -158,7 +155,7 @@ def _settings(
         "context_size": tokens.shape[1],
         "tokens": hashlib.sha256(tokens.cpu().long().numpy().tobytes()).hexdigest()[:16],
         "experts": ids,
-        "collection": collection,
+        "collection": asdict(cfg),
         "versions": {
             package: version(package) for package in ("mxd-lens", "torch", "sae-lens", "transformer-lens")
         },
