@@ -38,7 +38,7 @@ def write_carry_page(path: str | Path, reports: Reports, notes: Mapping[str, str
     return write_page(
         path,
         f"What the experts carry: {', '.join(reports)}",
-        f"{first.model_name}; judged on {first.n_tokens:,} held-out tokens, firing read from "
+        f"{first.model_name}, {first.hook_name_out}; judged on {first.n_tokens:,} held-out tokens, firing read from "
         f"{next(iter(reports.values())).information.n_tokens:,}.",
         [
             "".join(f"<p>{verdict(name, report)}</p>" for name, report in reports.items()),

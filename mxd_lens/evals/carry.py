@@ -110,8 +110,8 @@ class Ablation:
     """A layer with its strongest experts kept or removed, at every token."""
 
     n: int
-    """How many of a token's active experts, those that write most there. The last entry is of all of them,
-    and has their mean number, rounded up."""
+    """How many of a token's active experts, those that write most there. The last entry is of all of them:
+    k, or where that is not fixed their mean number, rounded up."""
     normalized_mse_kept: float
     """With only these."""
     ce_loss_kept: float
@@ -285,7 +285,7 @@ def what_experts_carry(
             faithfulness=reports[name],
             normalized_mse_best_constant_gate=scores[name]["constant"].normalized_mse,
             ce_loss_best_constant_gate=scores[name]["constant"].ce_loss,
-            ablations=_ablations(reports[name], scores[name]),
+            ablations=_ablations(sae, reports[name], scores[name]),
             information=token_information(firings[name], decode, min_fired),
         )
         for name, sae in saes.items()
@@ -339,7 +339,7 @@ def _judge(
     return scores
 
 
-def _ablations(report: FaithfulnessReport, scores: Mapping[Any, Judged]) -> list[Ablation]:
+def _ablations(sae: SAE[Any], report: FaithfulnessReport, scores: Mapping[Any, Judged]) -> list[Ablation]:
     def of(what: str, n: int) -> tuple[float, float]:
         if (what, n) == ("removed", 0):
             return report.normalized_mse, report.ce_loss_replaced
@@ -350,4 +350,5 @@ def _ablations(report: FaithfulnessReport, scores: Mapping[Any, Judged]) -> list
     # All of them: the layer itself, and the layer without experts.
     none = ablations[0]
     whole = (report.normalized_mse, report.ce_loss_replaced)
-    return [*ablations, Ablation(max(math.ceil(report.l0), 1), *whole, none.normalized_mse_kept, none.ce_loss_kept)]
+    most = getattr(sae.cfg, "k", None) or max(math.ceil(report.l0), 1)
+    return [*ablations, Ablation(most, *whole, none.normalized_mse_kept, none.ce_loss_kept)]

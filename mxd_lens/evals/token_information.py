@@ -303,9 +303,9 @@ class TokenInformation:
     dependences: list[Dependence]
     """By the token, the token before it, both, and the position."""
     lookups: list[ExampleExpert]
-    """The experts that the token determines most."""
+    """The experts that the token determines most, of the half that fires most."""
     contextual: list[ExampleExpert]
-    """Those that it determines least."""
+    """Those of that half that it determines least."""
 
     def of(self, variable: str) -> Dependence:
         """What was measured of one variable."""
@@ -352,8 +352,11 @@ def token_information(
                 histogram=torch.histc(learnt.clamp(0, 1), BINS, 0, 1).long().tolist(),
             )
         )
-    by_token = shares["token"].nan_to_num(nan=0.5).argsort(descending=True, stable=True)
-    n = min(EXAMPLES, len(judged) // 2)
+    # Of an expert that fires rarely, a share says little: examples are of the half that fires most.
+    often = counts[judged].argsort(descending=True, stable=True)[: math.ceil(len(judged) / 2)]
+    often = often[~shares["token"][often].isnan()]
+    by_token = often[shares["token"][often].argsort(descending=True, stable=True)]
+    n = min(EXAMPLES, len(by_token) // 2)
 
     def examples(chosen: Int[Tensor, " n"]) -> list[ExampleExpert]:
         return [
