@@ -187,9 +187,7 @@ def test_ablations_against_sums_over_experts(kind, n):
 
 
 def test_an_ordinary_sae(tiny_model):
-    cfg = TopKSAEConfig(
-        d_in=D_MODEL, d_sae=24, k=3, metadata=SAEMetadata(hook_name="blocks.1.hook_mlp_out")
-    )
+    cfg = TopKSAEConfig(d_in=D_MODEL, d_sae=24, k=3, metadata=SAEMetadata(hook_name="blocks.1.hook_mlp_out"))
     sae = TopKSAE(cfg).requires_grad_(False)
     tokens = torch.randint(3, 20, (7, 12), generator=torch.Generator().manual_seed(5))
     report = what_experts_carry({"it": sae}, tiny_model, tokens, 5, progress=False)["it"]
@@ -287,9 +285,7 @@ def numbers(one, other, name=""):
 def test_half_precision_is_close():
     sae, half, tokens = planted_mxd(), planted_mxd().to(dtype=torch.float16), planted_tokens()
     model = PlantedModel(planted_transcoder())
-    one, other = (
-        what_experts_carry({"it": s}, model, tokens, progress=False)["it"] for s in (sae, half)
-    )
+    one, other = (what_experts_carry({"it": s}, model, tokens, progress=False)["it"] for s in (sae, half))
     same_numbers(one, other, 5e-3)
 
 

@@ -1,6 +1,5 @@
 """Steered texts, their measures, the judges, and the scores of many experts."""
 
-import json
 import math
 from collections import Counter
 

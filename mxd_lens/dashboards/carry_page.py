@@ -38,8 +38,8 @@ def write_carry_page(path: str | Path, reports: Reports, notes: Mapping[str, str
     return write_page(
         path,
         f"What the experts carry: {', '.join(reports)}",
-        f"{first.model_name}, {first.hook_name_out}; judged on {first.n_tokens:,} held-out tokens, firing read from "
-        f"{next(iter(reports.values())).information.n_tokens:,}.",
+        f"{first.model_name}, {first.hook_name_out}; judged on {first.n_tokens:,} held-out tokens, firing "
+        f"read from {next(iter(reports.values())).information.n_tokens:,}.",
         [
             "".join(f"<p>{verdict(name, report)}</p>" for name, report in reports.items()),
             "<h2>Without the experts</h2><p>The layer in the MLP's place, beside the same layer with its "
@@ -51,9 +51,9 @@ def write_carry_page(path: str | Path, reports: Reports, notes: Mapping[str, str
             "(solid), or all but these (dashed). A few that do nearly everything are a short explanation; "
             "dashed lines that rise late say that the rest can do without them.</p>",
             ablation_figure(reports),
-            "<h2>What decides which experts fire</h2><p>The share of the information in firing that the token "
-            "itself, the token before it, both, or the position determines; 0 is chance, 1 is all. What "
-            "the token leaves open, only the context can decide. An expert near 1 on the right is a token "
+            "<h2>What decides which experts fire</h2><p>The share of the information in firing that the "
+            "token itself, the token before it, both, or the position determines; 0 is chance, 1 is all. "
+            "What the token leaves open, only the context can decide. An expert near 1 on the right is a token "
             "lookup.</p>",
             information_figure(reports),
             f'<div class="wide"><table>{information_rows(reports)}</table></div>',

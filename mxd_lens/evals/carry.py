@@ -39,7 +39,6 @@ from mxd_lens.hooks import Replacement, check_fits
 from mxd_lens.reading import Parts, take_apart
 from mxd_lens.tables import Cell, Tabular, percent
 
-
 # Gates and ablations
 
 
@@ -178,7 +177,7 @@ class CarryReport(Tabular):
             "information": TokenInformation(**information),
             "stability": [Stability(**s) for s in known["stability"]],
         }
-        return cls(**known | parts)
+        return cls(**{**known, **parts})
 
     @property
     def title(self) -> str:

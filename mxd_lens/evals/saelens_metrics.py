@@ -80,7 +80,7 @@ def saelens_metrics(
 
         losses.add(batch, kept, logits(), logits(replace), logits(lambda _x, y: torch.zeros_like(y)))
     feature_metrics = density.metrics | weight_metrics(sae)
-    groups = {
+    groups: dict[str, dict[str, float]] = {
         **losses.metrics,
         **reconstruction.metrics,
         "sparsity": density.sparsity,

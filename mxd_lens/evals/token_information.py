@@ -173,9 +173,7 @@ class Determined(NamedTuple):
         return Determined(*(part.sum() for part in self))
 
 
-def firing_information(
-    firings: Firings, x: Int[Tensor, " tokens"], experts: Int[Tensor, " n"]
-) -> Determined:
+def firing_information(firings: Firings, x: Int[Tensor, " tokens"], experts: Int[Tensor, " n"]) -> Determined:
     """How far x determines whether each of some experts fires."""
     entropy, information, chance = _information(
         firings.token_of, firings.expert, firings.n_experts, x, binary_entropy
@@ -359,9 +357,7 @@ def token_information(
     n = min(EXAMPLES, len(by_token) // 2)
 
     def examples(chosen: Int[Tensor, " n"]) -> list[ExampleExpert]:
-        return [
-            _example(firings, int(judged[i]), shares["token"][i].item(), decode) for i in chosen.tolist()
-        ]
+        return [_example(firings, int(judged[i]), shares["token"][i].item(), decode) for i in chosen.tolist()]
 
     return TokenInformation(
         n_tokens=n_tokens,
