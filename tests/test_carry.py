@@ -1,7 +1,8 @@
 """What experts carry: known values of planted layers, and the same numbers computed otherwise."""
 
 import math
-from dataclasses import fields
+import re
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -28,6 +29,12 @@ from test_attach import random_mxd
 from test_evaluate import layer
 
 from mxd_lens import TopKTranscoder
+from mxd_lens.dashboards.carry_page import (
+    ablation_figure,
+    gates_figure,
+    information_figure,
+    write_carry_page,
+)
 from mxd_lens.evals.carry import (
     BestConstantGate,
     CarryReport,
@@ -37,7 +44,7 @@ from mxd_lens.evals.carry import (
     what_experts_carry,
     without_strongest,
 )
-from mxd_lens.evals.stability import ByDecoder, match, read_usage, stability
+from mxd_lens.evals.stability import ByCoactivation, ByDecoder, match, read_usage, stability
 from mxd_lens.evals.token_information import (
     BITS,
     Firings,
@@ -357,8 +364,6 @@ def test_layers_with_nothing_in_common():
 
 
 def test_coactivation_is_numpys_correlation():
-    from mxd_lens.evals.stability import ByCoactivation
-
     one, other = planted_transcoder(), random_transcoder()
     model, tokens = PlantedModel(one), planted_tokens(6, 20)
     usages = [read_usage(sae, model, tokens, 4, progress=False) for sae in (one, other)]
@@ -398,7 +403,7 @@ def test_reports_are_kept_and_shown(tmp_path):
     report = carried(sae)
     other, _ = another_seed("transcoder")
     found = stability({"a": sae, "b": other}, PlantedModel(sae), tokens, progress=False)
-    report = CarryReport(**{**vars(report), "stability": found})
+    report = replace(report, stability=found)
     save_carry(tmp_path / "carry.json", {"it": report})
     assert load_carry(tmp_path / "carry.json") == {"it": report}
     console = Console(width=140, record=True)
@@ -438,3 +443,47 @@ def test_layers_that_cannot_be_compared():
     empty = torch.zeros(0, dtype=torch.long)
     with pytest.raises(ValueError, match="no tokens to learn from"):
         token_information(Firings(3, empty, empty, empty, empty, empty, empty), str)
+
+
+# The page
+
+
+def test_the_page(tmp_path):
+    sae, tokens = planted_transcoder(), planted_tokens()
+    other, _ = another_seed("transcoder")
+    report = carried(sae)
+    with_seeds = replace(
+        report, stability=stability({"a": sae, "b": other}, PlantedModel(sae), tokens, progress=False)
+    )
+    reports = {"<it>": with_seeds, "empty": carried(without_experts())}
+    page = write_carry_page(tmp_path / "carry.html", reports, {"text": "<words>"}).read_text()
+    markup = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
+    assert "<it>" not in markup
+    assert "<words>" not in markup
+    assert "http" not in markup
+    assert "the experts explain 100.0 %" in markup
+    assert "The same experts from another seed?" in markup
+    assert "No expert fires often enough to be judged" in markup
+    assert "nan" not in markup
+    alone = write_carry_page(tmp_path / "one.html", {"it": report}).read_text()
+    assert "from another seed?" not in alone
+    with pytest.raises(ValueError, match="no report"):
+        write_carry_page(tmp_path / "none.html", {})
+
+
+def test_the_figures():
+    report = carried(planted_transcoder())
+    curves = {(t.line.dash, t.xaxis): t for t in ablation_figure({"it": report}).data}
+    kept = curves["solid", "x"]
+    assert list(kept.customdata) == [0, 1, 2]
+    assert list(kept.x) == [0.5, 1, 2]
+    assert list(kept.y) == [a.normalized_mse_kept for a in report.ablations]
+    lost = curves["dash", "x2"]
+    base = report.faithfulness.ce_loss
+    assert list(lost.y) == [a.ce_loss_removed - base for a in report.ablations]
+    bars = {t.name: t for t in gates_figure({"it": report}).data if t.xaxis == "x"}
+    assert list(bars["best constant gate"].y) == [report.normalized_mse_best_constant_gate]
+    assert list(bars["zero ablated"].y) == [1.0]
+    shares, histogram = information_figure({"it": report}).data
+    assert list(shares.y) == [d.firing for d in report.information.dependences]
+    assert sum(histogram.y) == pytest.approx(1)

@@ -53,8 +53,8 @@ def write_carry_page(path: str | Path, reports: Reports, notes: Mapping[str, str
             ablation_figure(reports),
             "<h2>What decides which experts fire</h2><p>The share of the information in firing that the "
             "token itself, the token before it, both, or the position determines; 0 is chance, 1 is all. "
-            "What the token leaves open, only the context can decide. An expert near 1 on the right is a token "
-            "lookup.</p>",
+            "What the token leaves open, only the context can decide. An expert near 1 on the right is a "
+            "token lookup.</p>",
             information_figure(reports),
             f'<div class="wide"><table>{information_rows(reports)}</table></div>',
             *(examples(name, report) for name, report in reports.items()),
