@@ -28,7 +28,7 @@ from sklearn.metrics import adjusted_mutual_info_score, mutual_info_score
 from test_attach import random_mxd
 from test_evaluate import layer
 
-from mxd_lens import TopKTranscoder
+from mxd_lens import MxD, TopKTranscoder
 from mxd_lens.dashboards.carry_page import (
     ablation_figure,
     gates_figure,
@@ -487,3 +487,23 @@ def test_the_figures():
     shares, histogram = information_figure({"it": report}).data
     assert list(shares.y) == [d.firing for d in report.information.dependences]
     assert sum(histogram.y) == pytest.approx(1)
+
+
+@pytest.mark.real_model
+def test_a_bundled_layer(smollm2):
+    mxd = MxD.from_pretrained("smollm2-135m-mxd", "blocks.11.mlp")
+    text = (
+        "The capital of France is Paris. It lies on the river Seine, in the north of the country, and more "
+    )
+    text += (
+        "than two million people live there; the mayor is elected by the council of the city for six years."
+    )
+    tokens = smollm2.to_tokens(text)[:, :40]
+    settings = {"min_fired": 2, "progress": False}
+    report = what_experts_carry({"it": mxd}, smollm2, tokens, **settings)["it"]
+    r = report.faithfulness
+    assert r.normalized_mse < report.normalized_mse_best_constant_gate < r.normalized_mse_mean_gate
+    assert [a.n for a in report.ablations] == [0, 1, 2, 4, 8, 16, 32]
+    kept = [a.normalized_mse_kept for a in report.ablations]
+    assert kept[-1] == r.normalized_mse < kept[2] < kept[0]
+    assert report.information.n_tokens == 39

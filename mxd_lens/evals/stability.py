@@ -103,11 +103,13 @@ def read_usage(
 
 
 class Similarities:
-    """The similarity of every expert of one layer to every one of another, a block at a time."""
+    """The similarity of every expert of one layer to every one of another, a block at a time.
 
-    def __init__(self, one: Usage, other: Usage, shuffled: bool = False) -> None:
+    Shuffled, there is nothing in common to find: what is left is chance.
+    """
+
+    def __init__(self, one: Usage, other: Usage, shuffled: bool = False) -> None:  # noqa: ARG002
         self.shape = len(one.alive), len(other.alive)
-        self._shuffled = shuffled
 
     def block(self, rows: slice) -> Float[Tensor, "rows n"]:
         raise NotImplementedError
