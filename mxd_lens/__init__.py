@@ -32,8 +32,12 @@ if TYPE_CHECKING:
         matched_n_experts,
         matched_n_features,
     )
+    from mxd_lens.evals.autointerp import autointerp
+    from mxd_lens.evals.carry import CarryReport, what_experts_carry
     from mxd_lens.evals.faithfulness import FaithfulnessReport, evaluate
     from mxd_lens.evals.frontier import frontier
+    from mxd_lens.evals.saelens_metrics import saelens_metrics
+    from mxd_lens.evals.stability import stability
     from mxd_lens.experts import logit_lens
     from mxd_lens.hooks import replacement_hooks
     from mxd_lens.interventions import ablate, steer
@@ -63,9 +67,14 @@ _MODULES = (
     "training.runner",
     "evals.faithfulness",
     "evals.frontier",
+    "evals.carry",
+    "evals.stability",
+    "evals.saelens_metrics",
+    "evals.autointerp",
 )
 
 __all__ = [
+    "CarryReport",
     "ExpertStatistics",
     "FaithfulnessReport",
     "JumpReLUSkipTranscoder",
@@ -90,6 +99,7 @@ __all__ = [
     "TranscoderRunnerConfig",
     "TranscoderTrainingRunner",
     "ablate",
+    "autointerp",
     "evaluate",
     "expert_statistics",
     "find_experts",
@@ -103,8 +113,11 @@ __all__ = [
     "push_to_hub",
     "register_release",
     "replacement_hooks",
+    "saelens_metrics",
+    "stability",
     "steer",
     "top_experts",
+    "what_experts_carry",
 ]
 
 

@@ -195,6 +195,61 @@ def evaluate(
 
 
 @app.command()
+def carry(
+    output: Annotated[Path, typer.Argument(help="The folder to write to: index.html and carry.json.")],
+    layers: Annotated[list[Path], typer.Argument(help="The folders of trained layers, of one model.")],
+    again: Annotated[
+        list[Path] | None,
+        typer.Option(help="The one layer trained again from another seed, to compare experts with."),
+    ] = None,
+    model: Annotated[str, typer.Option(help="The language model. Default: the one it was trained on.")] = "",
+    text: Text = "embedded",
+    sequences: Annotated[int, typer.Option(help="How many sequences firing is read from.")] = 256,
+    judged: Annotated[int, typer.Option(help="How many of them gates and ablations are run on.")] = 32,
+    skip: Annotated[int, typer.Option(help="How many rows of the text to skip first: held-out text.")] = 0,
+    device: Device = "cpu",
+) -> None:
+    """Say what the experts of layers carry: constant gates, ablation curves, tokens against context."""
+    from dataclasses import replace
+
+    from rich.console import Console
+    from sae_lens import SAE
+
+    from mxd_lens import load_model
+    from mxd_lens.dashboards.carry_page import write_carry_page
+    from mxd_lens.evals.carry import save_carry, what_experts_carry
+    from mxd_lens.evals.stability import stability
+    from mxd_lens.training.text import load_text, token_sequences
+
+    with errors_for_people():
+        if again and len(layers) > 1:
+            raise ValueError(f"--again is for one layer; {len(layers)} are given.")
+        saes = {layer.name: SAE.load_from_disk(layer, device=device) for layer in layers}
+        if len(saes) < len(layers):
+            raise ValueError("Two of the folders have the same name, which the page would mix up.")
+        metadata = next(iter(saes.values())).cfg.metadata
+        language_model = load_model(model or metadata.model_name, device)
+        tokens = token_sequences(
+            language_model,
+            load_text(text).skip(skip),
+            sequences,
+            metadata.context_size or 128,
+            prepend_bos=metadata.prepend_bos is not False,
+        ).to(device)
+        reports = what_experts_carry(saes, language_model, tokens, judged)
+        if again:
+            seeds = {str(folder): SAE.load_from_disk(folder, device=device) for folder in again}
+            found = stability(saes | seeds, language_model, tokens)
+            reports = {name: replace(report, stability=found) for name, report in reports.items()}
+        output.mkdir(parents=True, exist_ok=True)
+        save_carry(output / "carry.json", reports)
+        page = write_carry_page(output / "index.html", reports, {"text": text, "rows skipped": str(skip)})
+    for report in reports.values():
+        Console().print(report)
+    typer.echo(f"The page: {page}")
+
+
+@app.command()
 def steer(
     layer: Annotated[str, typer.Argument(help="The folder of a trained layer, or a release.")],
     expert: Annotated[int, typer.Option(help="Which expert.")],

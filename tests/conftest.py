@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
 
 import huggingface_hub
 import pytest
+from chat_stand_in import ChatStandIn
 from hub_stand_in import OWNER_TOKEN, HubStandIn
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -97,6 +98,13 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubStandIn]
         monkeypatch.setenv("HF_TOKEN", OWNER_TOKEN)
         yield stand_in
     huggingface_hub.close_session()
+
+
+@pytest.fixture
+def endpoint() -> Iterator[ChatStandIn]:
+    """A stand-in for an OpenAI-compatible server."""
+    with ChatStandIn() as stand_in:
+        yield stand_in
 
 
 def use_hub(monkeypatch: pytest.MonkeyPatch, url: str) -> None:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from mxd_lens import MxD, __version__
 from mxd_lens.cli import app
 
-COMMANDS = ["train", "evaluate", "steer", "frontier", "convert", "demo", "push", "pretrained"]
+COMMANDS = ["train", "evaluate", "carry", "steer", "frontier", "convert", "demo", "push", "pretrained"]
 
 
 def run(*arguments: object, code: int = 0):
@@ -48,6 +48,22 @@ def test_train_and_evaluate(small, tiny_folder, text_file, tmp_path):
     assert f"{numbers['normalized_mse']:.3f}" in result.output
     assert 5 * 13 <= numbers["n_tokens"] <= 5 * 15  # of 16 tokens one is BOS, and one or two separate
     assert page.read_text().startswith("<!doctype html>")
+
+
+def test_carry(small, text_file, tmp_path):
+    one, other, out = (tmp_path / name for name in ("one", "other", "out"))
+    for folder, seed in ((one, 1), (other, 2)):
+        run("train", folder, *small, "--seed", seed)
+    options = ["--text", text_file, "--sequences", 20, "--judged", 3]
+    result = run("carry", out, one, "--again", other, *options)
+    assert "found again from other seeds" in " ".join(result.output.split())
+    report = json.loads((out / "carry.json").read_text())["one"]
+    assert [found["by"] for found in report["stability"]] == ["decoder", "coactivation"]
+    assert (out / "index.html").read_text().startswith("<!doctype html>")
+    run("carry", out, one, other, *options)
+    assert list(json.loads((out / "carry.json").read_text())) == ["one", "other"]
+    assert "--again is for one layer" in run("carry", out, one, other, "--again", one, code=1).output
+    assert "have the same name" in run("carry", out, one, one, code=1).output
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,9 @@
 """Steered texts, their measures, the judges, and the scores of many experts."""
 
-import json
 import math
 import re
-import threading
 from collections import Counter
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -206,47 +203,9 @@ def test_the_local_judge(model):
 # A judge behind an endpoint
 
 
-@pytest.fixture
-def endpoint():
-    """A stand-in for an OpenAI-compatible server: gives prepared answers in turn, keeps what it was asked."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            server.asked.append((self.path, self.headers.get("Authorization"), body))
-            status, content = server.answers.pop(0) if len(server.answers) > 1 else server.answers[0]
-            if status == "slow":
-                server.released.wait(10)
-                status = 200
-            answer = content if isinstance(content, bytes) else chat(content)
-            try:
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(answer)))
-                self.end_headers()
-                self.wfile.write(answer)
-            except OSError:
-                pass  # the judge has gone
-
-        def log_message(self, *_):
-            pass
-
-    def chat(content: str) -> bytes:
-        return json.dumps({"choices": [{"message": {"role": "assistant", "content": content}}]}).encode()
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.asked, server.answers, server.released = [], [], threading.Event()
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.released.set()
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
 def judge_at(server, **changes) -> EndpointJudge:
     settings = {"api_key": "a-key", "timeout": 5.0, "pause": 0.0} | changes
-    return EndpointJudge(f"http://127.0.0.1:{server.server_port}/v1", "judge-1", **settings)
+    return EndpointJudge(server.url, "judge-1", **settings)
 
 
 GOOD = '{"concept_coherence": 70, "fluency": 35.5}'

@@ -2,18 +2,15 @@
 
 import json
 import re
-import time
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float
-from sae_lens import logger
 from torch import Tensor
 from torch.nn import functional as F
 
+from mxd_lens.evals.endpoint import ChatEndpoint
 from mxd_lens.evals.steering import Measured, SteeredSamples
 
 
@@ -129,84 +126,18 @@ without grammar. 50: understandable with frequent slips or loops. 100: grammatic
 Answer with a JSON object and nothing else: {"concept_coherence": <number>, "fluency": <number>}"""
 
 
-@dataclass(frozen=True)
-class EndpointJudge:
-    """Asks a model behind an OpenAI-compatible endpoint to rate the texts by `RUBRIC`.
-
-    Nothing is sent before the first judgement. A request that fails for a passing reason (no connection,
-    too slow, 408, 429, 5xx) or an answer that is no rating is asked for again, after 1, 2, 4, ... times
-    `pause` seconds.
-    """
-
-    url: str
-    """The endpoint's base, as https://host/v1; /chat/completions is asked."""
-    model: str
-    """Which of its models."""
-    api_key: str | None = None
-    """Sent as a bearer token; never written to the results."""
-    timeout: float = 60.0
-    """Seconds to wait for one answer."""
-    attempts: int = 4
-    pause: float = 1.0
-
-    @property
-    def name(self) -> str:
-        return self.model
-
-    def __repr__(self) -> str:
-        return f"EndpointJudge(url={self.url!r}, model={self.model!r})"
+class EndpointJudge(ChatEndpoint):
+    """Asks a model behind an OpenAI-compatible endpoint to rate the texts by `RUBRIC`."""
 
     def __call__(self, samples: SteeredSamples, measured: Measured) -> Judgement:  # noqa: ARG002
         """Asks for one expert's texts.
 
         Raises:
-            ValueError: every answer was malformed; the last one is quoted.
-            ConnectionError: the endpoint refused (the status and its message are given), or could not be
-                reached in all attempts.
+            ValueError, ConnectionError: as `ChatEndpoint.ask`.
         """
         texts = "\n\n".join(f"Text {i}: {text}" for i, text in enumerate(samples.steered, start=1))
         opening = f"The opening: {samples.sampling.prompt}\n\n{texts}"
-        problem: Exception | None = None
-        for attempt in range(self.attempts):
-            if attempt:
-                time.sleep(self.pause * 2 ** (attempt - 1))
-            try:
-                return parse_judgement(self._ask(opening))
-            except urllib.error.HTTPError as e:
-                message = e.read(500).decode(errors="replace")
-                problem = ConnectionError(f"{self.url} answered {e.code} {e.reason}: {message}")
-                if e.code not in (408, 429) and e.code < 500:
-                    raise problem from e
-            except OSError as e:  # no connection, or a timeout
-                problem = ConnectionError(
-                    f"{self.url} gave no answer at attempt {attempt + 1} of {self.attempts}, waiting "
-                    f"{self.timeout:g} s: {e}"
-                )
-            except ValueError as e:
-                problem = e
-            logger.warning("Judging expert %d: %s", samples.expert, problem)
-        if problem is None:
-            raise ValueError(f"attempts must be at least 1, got {self.attempts}.")
-        raise problem
-
-    def _ask(self, text: str) -> str:
-        body = {
-            "model": self.model,
-            "temperature": 0,
-            "messages": [{"role": "system", "content": RUBRIC}, {"role": "user", "content": text}],
-        }
-        request = urllib.request.Request(
-            self.url.rstrip("/") + "/chat/completions",
-            data=json.dumps(body).encode(),
-            headers={"Content-Type": "application/json"}
-            | ({"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}),
-        )
-        with urllib.request.urlopen(request, timeout=self.timeout) as response:
-            answer = response.read()
-        try:
-            return json.loads(answer)["choices"][0]["message"]["content"]
-        except (ValueError, LookupError, TypeError) as e:
-            raise ValueError(f"{self.url} does not answer as a chat endpoint does: {answer[:300]!r}") from e
+        return self.ask(RUBRIC, opening, parse_judgement, f"Judging expert {samples.expert}")
 
 
 def parse_judgement(answer: str) -> Judgement:
