@@ -131,9 +131,9 @@ class Comparison(Tabular):
         return [
             "",
             "normalised MSE",
-            "with the mean gate",
+            "normalised MSE, dense part",
             "cross-entropy",
-            "with the mean gate",
+            "cross-entropy, dense part",
             "KL",
             "active",
             "experts",
@@ -288,7 +288,7 @@ def _mean_gates(
     progress: bool,
 ) -> dict[str, Float[Tensor, " d_out"]]:
     """m by layer, the mean of C^T a over the tokens of a text that the layer's training did not exclude."""
-    means = {}
+    means: dict[str, Tensor] = {}
     # The model runs once for all layers that read the same.
     for read in {(place.hook_name, place.excluded) for place in places.values()}:
         alike = {n: sae for n, sae in layers.items() if read == (places[n].hook_name, places[n].excluded)}

@@ -34,17 +34,23 @@ table.side th.token {{ min-width: 5rem; max-width: 9rem; overflow-wrap: anywhere
 .legend {{ display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; padding: 0; list-style: none;
           font-size: .9rem; }}
 .legend i {{ display: inline-block; width: .8rem; height: .8rem; vertical-align: -.05rem; }}
-.line {{ display: flex; gap: .6rem; justify-content: space-between; white-space: nowrap; }}
-.line .text {{ overflow: hidden; text-overflow: ellipsis; max-width: 7rem; white-space: pre; }}
-.best {{ font-weight: 600; }}
+.line {{ display: grid; grid-auto-flow: column; grid-template-columns: 1fr; grid-auto-columns: 3.6rem;
+        white-space: nowrap; }}
+.line span {{ text-align: right; }} .line span:first-child {{ text-align: left; overflow: hidden; }}
+.line .text, .tip .text {{ white-space: pre; }}
+.best {{ font-weight: 600; }} .best small {{ font-weight: normal; }}
 .tip {{ display: none; position: fixed; left: 0; right: 0; bottom: 0; z-index: 2; max-height: 45vh;
        overflow: auto; padding: .6rem max(1rem, 50vw - 49rem); background: var(--panel);
-       border-top: 1px solid var(--soft); }}
+       border-top: 1px solid var(--soft); pointer-events: none; }}
 td:hover > .tip, td:focus > .tip {{ display: flex; flex-wrap: wrap; gap: .3rem 2.5rem; }}
-tbody:has(td:hover) td:focus:not(:hover) > .tip {{ display: none; }}
+td:focus > .tip {{ pointer-events: auto; }}
+main:has(td:hover) td:focus:not(:hover) > .tip {{ display: none; }}
 .tip b {{ flex-basis: 100%; overflow-wrap: anywhere; }}
-.tip table {{ width: auto; font-size: .84rem; }} .tip td, .tip th {{ padding: .05rem .5rem; border: 0; }}
-.tip table td {{ min-width: 0; }} .tip th {{ position: static; background: none; }}
+.side .tip table {{ width: auto; font-size: .84rem; }}
+.side .tip td, .side .tip th {{ padding: .05rem .5rem; border: 0; min-width: 0; position: static;
+                               background: none; text-align: right; }}
+.side .tip td:first-child, .side .tip th:first-child {{ text-align: left; }}
+th.number {{ text-align: right; }}
 """
 
 
@@ -56,7 +62,7 @@ def write_comparison_page(path: str | Path, comparison: Comparison) -> Path:
         comparison: what `compare` found.
     """
     mean_of = (
-        "the prompt itself, which flatters the dense part of a short prompt"
+        "the prompt itself (which flatters it where the prompt is short)"
         if comparison.n_mean_tokens is None
         else f"{comparison.n_mean_tokens:,} tokens of a text"
     )
@@ -66,7 +72,8 @@ def write_comparison_page(path: str | Path, comparison: Comparison) -> Path:
             PARTS,
             (
                 "what they write beyond the mean gate",
-                f"the same at every token but for the decoder branch; its mean is over {mean_of}",
+                f"what their mean over {mean_of} writes; the same at every token, but for an MxD&rsquo;s "
+                "decoder branch",
                 "the linear skip connection",
                 "the same at every token",
                 "what the layer does not write of the MLP&rsquo;s output",
@@ -80,6 +87,7 @@ def write_comparison_page(path: str | Path, comparison: Comparison) -> Path:
         f"{comparison.model_name}, {comparison.hook_name_out}. Hover over a cell, or reach it with the Tab "
         "key, for everything about it.",
         [
+            "<main>",
             f'<p class="continuation">{_prompt(comparison)}</p>',
             "<h2>Over the prompt</h2>",
             f'<div class="wide"><table>{_summary(comparison)}</table></div>',
@@ -115,6 +123,7 @@ def write_comparison_page(path: str | Path, comparison: Comparison) -> Path:
                     ),
                 ],
             ),
+            "</main>",
         ],
         STYLE,
     )
@@ -139,7 +148,8 @@ def _prompt(comparison: Comparison) -> str:
 
 
 def _summary(comparison: Comparison) -> str:
-    head = "".join(f"<th>{escape(column)}</th>" for column in comparison.columns)
+    first, *numbers = comparison.columns
+    head = f"<th>{escape(first)}</th>" + "".join(f'<th class="number">{escape(c)}</th>' for c in numbers)
     rows = "".join(
         "<tr>"
         + "".join(
@@ -216,7 +226,7 @@ def _experts_cell(comparison: Comparison, layer: Decomposition) -> Cell:
             title
             + _table(
                 ["part", "share of y"],
-                ((escape(part), percent(share)) for part, share in shares.items()),
+                ((escape(part), percent(share)) for part, share in shares.items() if share),
             )
             + _table(["expert", "coefficient", "share of y", "norm"], experts)
             + f"<div>{int(layer.n_active[t])} of {layer.n_experts:,} active<br>error {shown(error)}<br>"
