@@ -130,10 +130,10 @@ class Comparison(Tabular):
     def columns(self) -> list[str]:
         return [
             "",
-            "normalised MSE",
-            "normalised MSE, dense part",
-            "cross-entropy",
-            "cross-entropy, dense part",
+            "error",
+            "error, dense",
+            "CE",
+            "CE, dense",
             "KL",
             "active",
             "experts",
@@ -142,7 +142,7 @@ class Comparison(Tabular):
 
     @property
     def rows(self) -> Iterator[list[Cell]]:
-        """Means over the prompt: errors over the tokens where the layer stands, the rest over all."""
+        """Means over the prompt: errors over the tokens where the layer stands, CE and KL over all."""
         nan = math.nan
         for name, error, predictions in (
             ("unmodified", 0.0, self.unmodified),

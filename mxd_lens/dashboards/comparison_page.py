@@ -18,11 +18,11 @@ STYLE = f"""
 body {{ max-width: 100rem; padding-bottom: 12rem; }}
 p, li {{ max-width: 60rem; }}
 table.side {{ font-size: .84rem; font-variant-numeric: tabular-nums; }}
-table.side td {{ min-width: 9.5rem; padding: .4rem .6rem; }}
+table.side td {{ min-width: 10.5rem; padding: .4rem .6rem; }}
 table.side tbody td:hover, table.side td:focus {{ background: var(--panel); outline: none; }}
 table.side td:focus-visible {{ outline: 2px solid {BLUE}; }}
-table.side th {{ position: sticky; left: 0; background: var(--page); z-index: 1; font-weight: normal; }}
-table.side thead th {{ font-weight: 600; }}
+table.side th {{ font-weight: normal; }} table.side thead th {{ font-weight: 600; }}
+table.side th:first-child {{ position: sticky; left: 0; background: var(--page); z-index: 1; }}
 table.side th small, td small {{ color: var(--soft); }}
 table.side th.token {{ min-width: 5rem; max-width: 9rem; overflow-wrap: anywhere; }}
 .text {{ font-family: ui-monospace, monospace; white-space: pre-wrap; background: var(--panel);
@@ -34,7 +34,8 @@ table.side th.token {{ min-width: 5rem; max-width: 9rem; overflow-wrap: anywhere
 .legend {{ display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; padding: 0; list-style: none;
           font-size: .9rem; }}
 .legend i {{ display: inline-block; width: .8rem; height: .8rem; vertical-align: -.05rem; }}
-.line {{ display: grid; grid-auto-flow: column; grid-template-columns: 1fr; grid-auto-columns: 3.6rem;
+.line {{ display: grid; grid-auto-flow: column; grid-template-columns: minmax(3rem, 1fr);
+        grid-auto-columns: 3.6rem;
         white-space: nowrap; }}
 .line span {{ text-align: right; }} .line span:first-child {{ text-align: left; overflow: hidden; }}
 .line .text, .tip .text {{ white-space: pre; }}
@@ -91,8 +92,9 @@ def write_comparison_page(path: str | Path, comparison: Comparison) -> Path:
             f'<p class="continuation">{_prompt(comparison)}</p>',
             "<h2>Over the prompt</h2>",
             f'<div class="wide"><table>{_summary(comparison)}</table></div>',
-            "<p>One prompt is an example, not a measurement: mxd-lens evaluate judges a layer on held-out "
-            "text.</p>",
+            "<p>Errors are means of ||ŷ &minus; y||&sup2; / ||y||&sup2;, CE is the cross-entropy of the "
+            "prompt in nats; dense: with the dense part alone. One prompt is an example, not a measurement: "
+            "mxd-lens evaluate judges a layer on held-out text.</p>",
             "<h2>What writes the MLP&rsquo;s output</h2>",
             "<p>The bar is the output taken apart: each part&rsquo;s length along it, as a share of it. "
             "Shares sum to 1; parts that point against the output are left out of the bar and stand in the "
