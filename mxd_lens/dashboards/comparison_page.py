@@ -22,7 +22,7 @@ table.side td {{ min-width: 10.5rem; padding: .4rem .6rem; }}
 table.side tbody td:hover, table.side td:focus {{ background: var(--panel); outline: none; }}
 table.side td:focus-visible {{ outline: 2px solid {BLUE}; }}
 table.side th {{ font-weight: normal; }} table.side thead th {{ font-weight: 600; }}
-table.side th:first-child {{ position: sticky; left: 0; background: var(--page); z-index: 1; }}
+table.side > * > tr > th:first-child {{ position: sticky; left: 0; background: var(--page); z-index: 1; }}
 table.side th small, td small {{ color: var(--soft); }}
 table.side th.token {{ min-width: 5rem; max-width: 9rem; overflow-wrap: anywhere; }}
 .text {{ font-family: ui-monospace, monospace; white-space: pre-wrap; background: var(--panel);
