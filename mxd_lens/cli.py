@@ -269,19 +269,12 @@ def steer(
 ) -> None:
     """Show what the model writes with one expert steered, beside what it writes without."""
     from rich.console import Console
-    from sae_lens import SAE
 
     from mxd_lens import load_model
     from mxd_lens.evals.steering import steered_samples
 
     with errors_for_people():
-        folder = Path(layer).expanduser() / sae_id
-        if folder.is_dir():
-            sae = SAE.load_from_disk(folder, device=device)
-        elif sae_id:
-            sae = SAE.from_pretrained(layer, sae_id, device=device)
-        else:
-            raise FileNotFoundError(f"{folder} is not a folder; for a layer of a release give --sae-id too.")
+        sae = load_layer(layer, sae_id, device, "for a layer of a release give --sae-id too.")
         language_model = load_model(model or sae.cfg.metadata.model_name, device)
         try:
             result = steered_samples(
@@ -303,6 +296,55 @@ def steer(
         if json is not None:
             result.save(json)
     Console().print(result)
+
+
+@app.command()
+def compare(
+    output: Annotated[Path, typer.Argument(help="The HTML file to write.")],
+    layers: Annotated[
+        list[str],
+        typer.Argument(
+            help="Layers of one MLP, each NAME=FOLDER or NAME=RELEASE:SAE_ID; NAME= may be left out."
+        ),
+    ],
+    prompt: Annotated[str, typer.Option(help="The text to take apart.")],
+    text: Annotated[
+        str,
+        typer.Option(help="Over which the mean gate is taken: as for train, or prompt for the prompt alone."),
+    ] = "embedded",
+    sequences: Annotated[int, typer.Option(help="How many sequences of that text.")] = 8,
+    k: Annotated[int, typer.Option(help="Experts a token.")] = 5,
+    predictions: Annotated[int, typer.Option(help="Next tokens at each position.")] = 5,
+    model: Annotated[
+        str, typer.Option(help="The language model. Default: the one they were trained on.")
+    ] = "",
+    device: Device = "cpu",
+) -> None:
+    """Write a page about one prompt through several decompositions of one MLP, side by side."""
+    from rich.console import Console
+
+    from mxd_lens import load_model
+    from mxd_lens.dashboards.comparison import compare
+    from mxd_lens.dashboards.comparison_page import write_comparison_page
+    from mxd_lens.training.text import load_text, token_sequences
+
+    with errors_for_people():
+        saes = dict(named_layer(layer, device) for layer in layers)
+        if len(saes) < len(layers):
+            raise ValueError(
+                f"two of these layers have one name: write NAME=FOLDER. Got {', '.join(layers)}."
+            )
+        metadata = next(iter(saes.values())).cfg.metadata
+        language_model = load_model(model or metadata.model_name, device)
+        tokens = None
+        if text != "prompt":
+            tokens = token_sequences(
+                language_model, load_text(text), sequences, prepend_bos=metadata.prepend_bos is not False
+            )
+        comparison = compare(language_model, saes, prompt, tokens, k, predictions)
+        page = write_comparison_page(output, comparison)
+    Console().print(comparison)
+    typer.echo(f"The page: {page}")
 
 
 @app.command()
@@ -385,6 +427,29 @@ def pretrained() -> None:
     from mxd_lens import list_pretrained
 
     Console().print(list_pretrained())
+
+
+def load_layer(layer: str, sae_id: str, device: str, how: str) -> Any:
+    """A layer in a folder, or of a release; `how` says how one of a release is named."""
+    from sae_lens import SAE
+
+    folder = Path(layer).expanduser() / sae_id
+    if folder.is_dir():
+        return SAE.load_from_disk(folder, device=device)
+    if sae_id:
+        return SAE.from_pretrained(layer, sae_id, device=device)
+    raise FileNotFoundError(f"{folder} is not a folder; {how}")
+
+
+def named_layer(given: str, device: str) -> tuple[str, Any]:
+    """A layer and its name, from FOLDER or RELEASE:SAE_ID, with NAME= before it or named by its end."""
+    is_folder = Path(given).expanduser().is_dir()
+    name, _, where = ("", "", given) if is_folder or "=" not in given else given.partition("=")
+    release, colon, sae_id = where.partition(":")
+    if Path(where).expanduser().is_dir() or not colon:
+        release, sae_id = where, ""
+    layer = load_layer(release, sae_id, device, "a layer of a release is RELEASE:SAE_ID.")
+    return name or Path(where).name, layer
 
 
 def integers(text: str) -> list[int]:

@@ -55,14 +55,19 @@ class Parts(NamedTuple):
         return token_of, self.experts[token_of, slot], self.coefficients[token_of, slot]
 
     @property
-    def output(self) -> Float[Tensor, "tokens d_out"]:
-        """y - b."""
+    def mixture(self) -> Float[Tensor, "tokens d_out"]:
+        """C^T a."""
         token_of, expert, coefficient = self.fired
         mixture = self.directions.new_zeros(len(self.coefficients), self.directions.shape[1])
         for block in torch.arange(len(token_of), device=token_of.device).split(ENTRIES):
             rows = coefficient[block, None] * self.directions[expert[block]]
             mixture.index_add_(0, token_of[block], rows)
-        return mixture * self.decoder_out + (0 if self.skip is None else self.skip)
+        return mixture
+
+    @property
+    def output(self) -> Float[Tensor, "tokens d_out"]:
+        """y - b."""
+        return self.mixture * self.decoder_out + (0 if self.skip is None else self.skip)
 
 
 def take_apart(sae: SAE[Any], x: Float[Tensor, "tokens d_in"]) -> Parts:

@@ -35,7 +35,9 @@ COLOURS = (BLUE, GREEN, ORANGE, RED, "#8d6cab", "#4aa8a8", "#b08d3c")
 CONFIG = {"displaylogo": False, "responsive": True}
 
 
-def write_page(path: str | Path, title: str, lead: str, parts: Iterable[str | go.Figure]) -> Path:
+def write_page(
+    path: str | Path, title: str, lead: str, parts: Iterable[str | go.Figure], more_style: str = ""
+) -> Path:
     """Writes a page that needs no network.
 
     Args:
@@ -43,6 +45,7 @@ def write_page(path: str | Path, title: str, lead: str, parts: Iterable[str | go
         title: its heading.
         lead: the line under it.
         parts: figures and HTML, from top to bottom.
+        more_style: CSS of this page alone.
     """
     body, has_plotly = [], False
     for part in parts:
@@ -55,7 +58,7 @@ def write_page(path: str | Path, title: str, lead: str, parts: Iterable[str | go
     newline = "\n"
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{escape(title)}</title><style>{STYLE}</style></head><body>
+<title>{escape(title)}</title><style>{STYLE}{more_style}</style></head><body>
 <h1>{escape(title)}</h1>
 <p class="lead">{escape(lead)}</p>
 {newline.join(body)}
