@@ -1,9 +1,9 @@
 """Collects a dashboard of SmolLM2's bundled MxD and says what it cost: time, and memory above the model.
 
     python -m benchmarks.dashboard --output FOLDER [--experts 200] [--tokens 200000] [--text embedded]
-                                   [--threads 2] [--no-loss-effects] [--json FILE]
+                                   [--threads 2] [--also 17,42] [--no-loss-effects] [--json FILE]
 
-Several numbers of experts (--experts 20,40,80) are collected one after the other, each into a folder of its
+The experts are drawn at random; --also names some in addition. Several numbers of experts (--experts 20,40,80) are collected one after the other, each into a folder of its
 own, which shows what one more expert costs. Seconds are of the clock and, in brackets, of the processor; what
 an interrupted run had done is not in them.
 """
@@ -22,6 +22,7 @@ from rich.table import Table
 
 from benchmarks.train_step import Setting, added_resident_bytes, machine
 from mxd_lens import MxD, load_model
+from mxd_lens.cli import integers
 from mxd_lens.dashboards import collection
 from mxd_lens.dashboards.collection import collect_dashboard
 from mxd_lens.dashboards.data import CollectionConfig, DashboardData
@@ -89,6 +90,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200_000)
     parser.add_argument("--text", default="embedded")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--also", type=integers, default=[])
     parser.add_argument("--no-loss-effects", action="store_true")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -102,7 +104,8 @@ def main() -> None:
     cfg = CollectionConfig(loss_effects=not args.no_loss_effects)
     results = []
     for n in map(int, args.experts.split(",")):
-        experts, folder = drawn[:n].sort().values, args.output / f"{n}-experts"
+        experts = torch.cat([drawn[:n], torch.tensor(args.also, dtype=torch.long)]).unique()
+        folder = args.output / f"{n}-experts"
         run = cost(
             lambda experts=experts, folder=folder: collect_dashboard(  # type: ignore[misc]
                 mxd, model, tokens, experts, folder, cfg, text_name=args.text, layer=f"{RELEASE}/{SAE_ID}"
