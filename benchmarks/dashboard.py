@@ -3,9 +3,10 @@
     python -m benchmarks.dashboard --output FOLDER [--experts 200] [--tokens 200000] [--text embedded]
                                    [--threads 2] [--also 17,42] [--no-loss-effects] [--json FILE]
 
-The experts are drawn at random; --also names some in addition. Several numbers of experts (--experts 20,40,80) are collected one after the other, each into a folder of its
-own, which shows what one more expert costs. Seconds are of the clock and, in brackets, of the processor; what
-an interrupted run had done is not in them.
+The experts are drawn at random; --also names some in addition. Several numbers of experts (--experts
+20,40,80) are collected one after the other, each into a folder of its own, which shows what one more expert
+costs. Seconds are of the clock and, in brackets, of the processor; what an interrupted run had done is not
+in them.
 """
 
 import argparse
