@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 from dataclasses import fields
+from functools import cache
 from html import escape
 from inspect import getsource
 from pathlib import Path
@@ -87,6 +88,7 @@ def style(figure: go.Figure, height: int) -> go.Figure:
     return figure
 
 
+@cache
 def field_docs(cls: Any) -> dict[str, str]:
     """The docstring under every field of a dataclass."""
     found = re.findall(

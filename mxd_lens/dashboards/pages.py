@@ -53,13 +53,10 @@ TITLES = {
 
 PERCENTAGES = {"density", "load_share", "share_of_output", "mean_gate_share"}
 
-COLUMNS = (
-    *("density", "mean", "maximum", "share_of_output", "loss_effect", "coherence"),
-    *("consistency", "mean_gate_share", "stable_rank"),
-)
+COLUMNS = ("density", "mean", "share_of_output", "loss_effect", "coherence", "consistency")
 """Of the index's table, beside the id."""
 
-RARE_COLUMNS = {"mean", "maximum", "consistency", "mean_gate_share", "stable_rank"}
+RARE_COLUMNS = {"mean", "share_of_output", "consistency"}
 """Those that a narrow screen leaves out."""
 
 SEARCHED = 400
@@ -207,14 +204,9 @@ def expert_html(data: DashboardData, i: int, in_folder: bool) -> str:
         spectrum=spectrum(e),
         effects=effects(e),
         neighbours=[
-            {
-                "heading": "Fires together with",
-                "measure": "Jaccard index of firing",
-                "rows": e.coactive,
-            },
-            {"heading": "Writes like", "measure": "cosine of the rows of W_dec", "rows": e.similar},
+            {"heading": "Fires together with", "meaning": docs["coactive"], "rows": e.coactive},
+            {"heading": "Writes like", "meaning": docs["similar"], "rows": e.similar},
         ],
-        share=lambda value: min(100, round(100 * abs(value))),
         bands=[shown_band(band, index, scales[0]) for band in e.bands],
         colour_note="The token for which a text was chosen is underlined.",
         snippet=snippet,
@@ -231,13 +223,13 @@ def histogram(e: ExpertData) -> dict[str, Any] | None:
     width = 420 / len(e.counts)
     bars = []
     for i, count in enumerate(e.counts):
-        height = 120 * count / most
+        height = 100 * count / most
         bounds = f"{number(e.edges[i])} to {number(e.edges[i + 1])}"
         bars.append(
             {
                 "x": f"{i * width:.2f}",
                 "width": f"{width - 0.5:.2f}",
-                "y": f"{120 - height:.2f}",
+                "y": f"{100 - height:.2f}",
                 "height": f"{height:.2f}",
                 "title": f"{bounds}: {count:,} {'firing' if count == 1 else 'firings'}",
             }
@@ -252,7 +244,7 @@ def spectrum(e: ExpertData) -> dict[str, Any] | None:
         return None
     places = sorted({round(i * (len(values) - 1) / 200) for i in range(201)})
     points = " ".join(
-        f"{420 * p / (len(values) - 1):.1f},{120 - 118 * values[p] / values[0]:.1f}" for p in places
+        f"{420 * p / (len(values) - 1):.1f},{100 - 98 * values[p] / values[0]:.1f}" for p in places
     )
     return {
         "points": points,
@@ -264,6 +256,7 @@ def spectrum(e: ExpertData) -> dict[str, Any] | None:
 
 def effects(e: ExpertData) -> list[dict[str, Any]]:
     """The tables of promoted and suppressed tokens."""
+    docs = field_docs(ExpertData)
     largest = max((abs(effect.logit) for effect in (*e.promoted, *e.suppressed)), default=0) or 1
 
     def row(effect: TokenEffect) -> dict[str, Any]:
@@ -275,8 +268,8 @@ def effects(e: ExpertData) -> list[dict[str, Any]]:
         }
 
     return [
-        {"heading": "Promotes", "rows": [row(effect) for effect in e.promoted], "bar": ""},
-        {"heading": "Suppresses", "rows": [row(effect) for effect in e.suppressed], "bar": " down"},
+        {"heading": heading, "meaning": docs[name], "rows": list(map(row, getattr(e, name))), "bar": bar}
+        for heading, name, bar in (("Promotes", "promoted", ""), ("Suppresses", "suppressed", " down"))
     ]
 
 
@@ -352,7 +345,7 @@ def ascii_literal(text: Any) -> str:
 def index_html(data: DashboardData) -> str:
     """The page of all experts."""
     docs = field_docs(ExpertData)
-    experts = data.experts
+    experts = sorted(data.experts, key=lambda e: -e.density)
     overview = {name: rounded(values) for name, values in data.overview.items()}
     values = {name: rounded([getattr(e, name) for e in experts]) for name in COLUMNS}
     values["expert"] = [e.expert for e in experts]
@@ -390,7 +383,7 @@ def index_row(e: ExpertData) -> dict[str, Any]:
     """An expert's row in the index."""
     before = peak = after = ""
     if e.bands and e.bands[0].excerpts:
-        before, peak, after = around_peak(e.bands[0].excerpts[0], 40, 80)
+        before, peak, after = around_peak(e.bands[0].excerpts[0], 16, 80)
     return {
         "expert": e.expert,
         "href": f"experts/{file_name(e.expert)}",
@@ -442,7 +435,7 @@ def overview_figure() -> go.Figure:
             marker={"color": colour, "size": size, "opacity": opacity},
             hovertemplate="%{customdata}<br>%{x:.3g}, %{y:.3g}<extra></extra>",
         )
-    return style(figure, 400).update_layout(template="none", margin_t=15, hovermode="closest")
+    return style(figure, 320).update_layout(template="none", margin_t=15, hovermode="closest")
 
 
 # What both pages need

@@ -88,11 +88,10 @@ document.addEventListener("keydown", (event) => {
   event.preventDefault();
 });
 
-function restore() {
-  search.value = state.get("q") || "";
-  const sorted = state.get("sort") || "-density";
-  const column = sorted.replace(/^-/, "");
-  if (column in values) sort(column, sorted.startsWith("-"));
-  find();
+if (state.has("sort")) {
+  const column = state.get("sort").replace(/^-/, "");
+  if (column in values) sort(column, state.get("sort").startsWith("-"));
 }
-restore();
+search.value = state.get("q") || "";
+find();
+body.dataset.ready = "";

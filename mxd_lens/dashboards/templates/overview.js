@@ -11,7 +11,8 @@
     const layout = { ...figure.layout };
     for (const axis of ["x", "y"]) {
       const { label, log } = names[axes[axis].value];
-      layout[`${axis}axis`] = { ...figure.layout[`${axis}axis`], title: { text: label }, type: log ? "log" : "linear" };
+      layout[`${axis}axis`] = { ...figure.layout[`${axis}axis`], title: { text: label } };
+      if (log) Object.assign(layout[`${axis}axis`], { type: "log", dtick: 1, exponentformat: "power" });
     }
     const traces = [others, ids].map((experts, i) => ({
       ...figure.data[i],
@@ -23,17 +24,22 @@
   };
   const draw = () => Plotly.react(plot, ...chosen(), { displaylogo: false, responsive: true });
   const row = (n) => document.querySelector(`#experts a[href$="expert-${n}.html"]`);
-  // After the first paint: the table does not wait for the figure.
-  requestAnimationFrame(() => setTimeout(() => draw().then(() => {
-    plot.dataset.drawn = "";
-    plot.on("plotly_click", ({ points }) => row(points[0].customdata)?.click());
-    plot.on("plotly_hover", ({ points }) => {
-      const n = points[0].customdata;
-      const cells = row(n)?.closest("tr").querySelectorAll("td.text");
-      const promotes = cells ? `; promotes ${cells[0].textContent.trim()}` : "; no page";
-      document.getElementById("hovered").textContent = `Expert ${n}${promotes}`;
+  const start = () => {
+    // Its text lies in the page and is run now: as a script of the page the table would wait for it.
+    const script = document.createElement("script");
+    script.textContent = document.getElementById("plotly").textContent;
+    document.head.append(script);
+    for (const axis of ["x", "y"]) axes[axis].addEventListener("change", draw);
+    draw().then(() => {
+      plot.dataset.drawn = "";
+      plot.on("plotly_click", ({ points }) => row(points[0].customdata)?.click());
+      plot.on("plotly_hover", ({ points }) => {
+        const n = points[0].customdata;
+        const promotes = row(n)?.closest("tr").querySelector("td.text").textContent.trim();
+        const known = row(n) ? `; promotes ${promotes}` : "; no page";
+        document.getElementById("hovered").textContent = `Expert ${n}${known}`;
+      });
     });
-  })));
-  axes.x.addEventListener("change", draw);
-  axes.y.addEventListener("change", draw);
+  };
+  requestAnimationFrame(() => setTimeout(start)); // after the first paint
 }
