@@ -148,14 +148,20 @@ def peak_bytes(name: str, size: Size, setting: Setting) -> int | None:
         before = torch.cuda.memory_allocated(setting.device)
         contestant.forward_backward()
         return torch.cuda.max_memory_allocated(setting.device) - before
+    return added_resident_bytes(contestant.forward_backward)
+
+
+def added_resident_bytes(run: Callable[[], object]) -> int | None:
+    """What a function adds to the resident set of this process, at its highest; None where it is not told."""
     if platform.system() != "Linux":
+        run()
         return None
     # What was freed and not given back would be used again without showing.
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = _resident("VmRSS")
-    contestant.forward_backward()
+    run()
     return _resident("VmHWM") - before
 
 

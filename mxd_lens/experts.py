@@ -271,6 +271,21 @@ def logit_lens(
     labels = [str(name) for name in (range(len(directions)) if names is None else names)]
     if len(labels) != len(directions):
         raise ValueError(f"there are {len(directions)} directions and {len(labels)} names.")
+    (up, promoted), (down, suppressed) = extreme_logits(model, directions, k)
+    words = [
+        [[model.tokenizer.decode([t]) for t in row] for row in ids.tolist()] for ids in (promoted, suppressed)
+    ]
+    return LogitLens(labels, words[0], up, words[1], down)
+
+
+@torch.no_grad()
+def extreme_logits(
+    model: Any, directions: Float[Tensor, "n d_model"], k: int
+) -> tuple[tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]], tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]]:
+    """The largest logits of each direction with their token ids, largest first, and the smallest likewise.
+
+    See `direction_logits`; less the mean over the vocabulary. No [n, d_vocab] matrix is made.
+    """
     sides: dict[bool, list[tuple[Tensor, Tensor]]] = {True: [], False: []}
     for block in directions.split(BLOCK):
         logits = direction_logits(model, block)
@@ -278,12 +293,11 @@ def logit_lens(
         for largest, found in sides.items():
             values, tokens = logits.topk(k, largest=largest)
             found.append((values.cpu(), tokens.cpu()))
-    logits_of = {side: torch.cat([values for values, _ in found]) for side, found in sides.items()}
-    words = {
-        side: [[model.tokenizer.decode([t]) for t in row] for _, tokens in found for row in tokens.tolist()]
-        for side, found in sides.items()
-    }
-    return LogitLens(labels, words[True], logits_of[True], words[False], logits_of[False])
+    up, down = (
+        (torch.cat([values for values, _ in found]), torch.cat([tokens for _, tokens in found]))
+        for found in sides.values()
+    )
+    return up, down
 
 
 @torch.no_grad()

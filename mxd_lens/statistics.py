@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from mxd_lens.reading import ENTRIES, expert_ids, kept_inputs, take_apart
+from mxd_lens.reading import ENTRIES, Parts, expert_ids, kept_inputs, take_apart
 from mxd_lens.tables import Cell, Tabular
 
 if TYPE_CHECKING:
@@ -126,7 +126,11 @@ class ExpertStatistics(Tabular):
             ValueError: these are statistics of another layer; or as `take_apart`.
         """
         self.check_is_of(sae)
-        parts = take_apart(sae, x.reshape(-1, x.shape[-1]))
+        self.add_parts(take_apart(sae, x.reshape(-1, x.shape[-1])))
+
+    @torch.no_grad()
+    def add_parts(self, parts: Parts) -> None:
+        """Counts in what the layer did with some of its inputs, already taken apart."""
         self.n_tokens += len(parts.coefficients)
         token_of, expert, a = parts.fired
         if not len(a):
@@ -159,13 +163,16 @@ class ExpertStatistics(Tabular):
             total[ids] += (directions**2 * per_expert(squares, weights)).sum(-1).double()
         self.mixture_sum += coefficient_sum @ directions.double()
         if len(self.watched):
-            # Float32 counts exactly up to 2^24 tokens in a call.
-            watches = torch.zeros(len(one), len(self.watched), device=a.device)
             slot = torch.searchsorted(self.watched, expert).clamp_max(len(self.watched) - 1)
             hit = self.watched[slot] == expert
-            watches[token_of[hit], slot[hit]] = 1
-            together = per_expert(watches, torch.ones_like(a, dtype=torch.float32))
-            self.fired_together[ids] += together.round().to(self.fired_together.dtype)
+            # Every watched firing meets all experts active on its token: entries of [watched, n], in blocks.
+            n = max(parts.experts.shape[1], 1)
+            for tokens, slots in zip(
+                token_of[hit].split(max(ENTRIES // n, 1)), slot[hit].split(max(ENTRIES // n, 1)), strict=True
+            ):
+                entries = parts.experts[tokens] * len(self.watched) + slots[:, None]
+                met = entries[parts.coefficients[tokens] != 0]
+                self.fired_together.view(-1).index_add_(0, met, torch.ones_like(met, dtype=torch.int32))
 
     def __add__(self, other: "ExpertStatistics") -> "ExpertStatistics":
         """The statistics of both texts.

@@ -231,6 +231,53 @@ class DashboardData:
         )
 
 
+@dataclass(kw_only=True)
+class CollectionConfig:
+    """How much is collected of every expert."""
+
+    n_top: int = 10
+    """Excerpts around the largest coefficients, one a sequence."""
+    n_bands: int = 5
+    """Quantile bands of the firings, equally many in each."""
+    n_per_band: int = 4
+    """Excerpts in a band, drawn at random."""
+    before: int = 20
+    """Tokens of an excerpt before its peak, at most."""
+    after: int = 10
+    """Tokens behind it."""
+    n_tokens: int = 10
+    """Promoted tokens, and suppressed ones."""
+    n_neighbours: int = 10
+    """Nearest experts by co-activation, and by weights."""
+    n_sampled: int = 1000
+    """Firings of an expert in the uniform sample, of which the bands' bounds and excerpts are."""
+    n_directions: int = 64
+    """Firings in the sample of what an MxD's expert writes, for the spread of the promoted tokens."""
+    loss_effects: bool = True
+    """Whether the effect of the expert on the loss is measured on the excerpts: most of the time."""
+    seed: int = 0
+    """Of what is drawn at random."""
+    batch_size: int = 8
+    """Sequences in a forward pass, or as many tokens in shorter ones. It changes no number beyond rounding."""
+    checkpoint_every: int = 20
+    """Batches between two checkpoints, if there is a folder."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "n_bands",
+            "n_sampled",
+            "n_directions",
+            "batch_size",
+            "checkpoint_every",
+            "n_neighbours",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        for name in ("n_top", "n_per_band", "before", "after", "n_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+
+
 def partial(path: Path) -> Path:
     """What a file is called while it is being written."""
     return path.with_name(f".{path.name}.partial")
