@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         matched_n_experts,
         matched_n_features,
     )
+    from mxd_lens.dashboards.pages import build_dashboard
     from mxd_lens.evals.faithfulness import FaithfulnessReport, evaluate
     from mxd_lens.evals.frontier import frontier
     from mxd_lens.experts import logit_lens
@@ -63,6 +64,7 @@ _MODULES = (
     "training.runner",
     "evals.faithfulness",
     "evals.frontier",
+    "dashboards.pages",
 )
 
 __all__ = [
@@ -90,6 +92,7 @@ __all__ = [
     "TranscoderRunnerConfig",
     "TranscoderTrainingRunner",
     "ablate",
+    "build_dashboard",
     "evaluate",
     "expert_statistics",
     "find_experts",

@@ -4,10 +4,11 @@ import random
 
 from mxd_lens.dashboards.data import Band, DashboardData, Excerpt, ExpertData, Neighbour, TokenEffect
 
-WORDS = (
+TEXT = (
     "the of and to in a is that for it as was with on by this which river government music science from at "
     "language winter old small station number people against several theory light water morning between"
-).split()
+)
+WORDS = TEXT.split()
 
 HOSTILE = [
     "<script>document.title='owned'</script>",

@@ -23,16 +23,29 @@ from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
+from jaxtyping import Int
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
+from sae_lens import SAE
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from mxd_lens.architectures import ARCHITECTURES
 from mxd_lens.architectures.saved import few
-from mxd_lens.dashboards.data import Band, DashboardData, Excerpt, ExpertData, TokenEffect
+from mxd_lens.dashboards.collection import CHECKPOINT_FILENAME, collect_dashboard
+from mxd_lens.dashboards.data import (
+    Band,
+    CollectionConfig,
+    DashboardData,
+    Excerpt,
+    ExpertData,
+    TokenEffect,
+    is_saved,
+)
 from mxd_lens.dashboards.page import BLUE, GREY, STYLE, field_docs, style
+from mxd_lens.pretrained.registry import find_release
 from mxd_lens.tables import printable
 
 TITLES = {
@@ -63,7 +76,61 @@ SEARCHED = 400
 """Characters of an excerpt, on either side of its peak, that the index's search knows."""
 
 GENERATOR = "mxd_lens dashboard"
-CONTENTS = {"index.html", "experts", "data"}
+INDEX, EXPERTS, DATA = "index.html", "experts", "data"
+
+
+def build_dashboard(
+    sae: SAE[Any],
+    model: Any,
+    tokens: Int[Tensor, "sequences positions"],
+    experts: int | Iterable[int] | Int[Tensor, " n"] | None = None,
+    output: str | Path = "dashboard",
+    text_name: str = "",
+    layer: str | Sequence[str] | None = None,
+    cfg: CollectionConfig | None = None,
+    progress: bool = True,
+) -> Path:
+    """Collects what is to be known about some experts on a text, and writes pages about them.
+
+        build_dashboard(mxd, model, tokens, experts=range(200), output="dashboard")
+
+    A call that was interrupted or killed goes on where it was if called again. The data stay in the
+    folder: the same call again only writes the pages anew.
+
+    Args:
+        sae: the layer; it must not be attached.
+        model: any hooked model.
+        tokens: ids, one sequence a row, with BOS where the training had it.
+        experts: which have a page. None: 100 drawn at random, all if there are fewer.
+        output: the folder to write. New, empty, or an earlier dashboard of the same call.
+        text_name: what the text is called, for the reader.
+        layer: where the layer was loaded from, for the code on the pages: a folder, or a pair (release,
+            sae_id). None: known for the layers of a release that is bundled, or registered as a folder.
+        cfg: how much is collected.
+        progress: whether to show progress bars.
+
+    Returns:
+        The index's path: open it in a browser.
+
+    Raises:
+        FileExistsError: the folder holds something else than a dashboard.
+        IndexError, ValueError: as `collect_dashboard`.
+    """
+    output = Path(output).expanduser()
+    check_replaceable(output)
+    found = find_release(sae) if layer is None else layer
+    data = collect_dashboard(
+        sae,
+        model,
+        tokens,
+        experts,
+        folder=output / DATA,
+        cfg=cfg,
+        text_name=text_name,
+        layer=found or "",
+        progress=progress,
+    )
+    return write_dashboard(output, data, progress)
 
 
 def write_dashboard(folder: str | Path, data: DashboardData, progress: bool = True) -> Path:
@@ -88,11 +155,11 @@ def write_dashboard(folder: str | Path, data: DashboardData, progress: bool = Tr
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         new, old = Path(temporary) / "new", Path(temporary) / "old"
-        (new / "experts").mkdir(parents=True)
-        write(new / "index.html", index_html(data))
+        (new / EXPERTS).mkdir(parents=True)
+        write(new / INDEX, index_html(data))
         for i, expert in enumerate(tqdm(data.experts, desc="Writing pages", disable=not progress)):
-            write(new / "experts" / file_name(expert.expert), expert_html(data, i, in_folder=True))
-        data.save(new / "data")
+            write(new / EXPERTS / file_name(expert.expert), expert_html(data, i, in_folder=True))
+        data.save(new / DATA)
         if folder.exists():
             folder.rename(old)
         try:
@@ -101,18 +168,22 @@ def write_dashboard(folder: str | Path, data: DashboardData, progress: bool = Tr
             if old.exists():
                 old.rename(folder)
             raise
-    return folder / "index.html"
+    return folder / INDEX
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raises FileExistsError where a folder holds anything but a dashboard."""
+    """Raises FileExistsError where a folder holds anything but a dashboard, complete or begun."""
     if not folder.exists():
         return
-    index = folder / "index.html"
-    found = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
-    ours = index.is_file() and GENERATOR in index.read_text(encoding="utf-8", errors="replace")[:2000]
-    if found and not (ours and found <= CONTENTS):
-        others = sorted(found - CONTENTS if ours else found)
+    if not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file, and a dashboard is a folder: choose another name.")
+    index, data = folder / INDEX, folder / DATA
+    others = sorted(path.name for path in folder.iterdir() if path.name not in (INDEX, EXPERTS, DATA))
+    if index.exists() and GENERATOR not in index.read_text(encoding="utf-8", errors="replace")[:2000]:
+        others.append(INDEX)
+    if data.exists() and not (is_saved(data) or (data / CHECKPOINT_FILENAME).is_file()):
+        others += [DATA] * any(data.iterdir())
+    if others:
         raise FileExistsError(
             f"{folder} holds {few(others, at_most=3)}, and a dashboard takes the whole place of what was "
             "there: choose a new folder, or empty this one."
@@ -386,7 +457,7 @@ def index_row(e: ExpertData) -> dict[str, Any]:
         before, peak, after = around_peak(e.bands[0].excerpts[0], 16, 80)
     return {
         "expert": e.expert,
-        "href": f"experts/{file_name(e.expert)}",
+        "href": f"{EXPERTS}/{file_name(e.expert)}",
         "cells": [
             {"shown": quantity(name, getattr(e, name)), "rare": name in RARE_COLUMNS} for name in COLUMNS
         ],
