@@ -23,7 +23,6 @@ HOSTILE = [
     "\u202eevil\u202c",
     "\x00\x07\x1b[31m\x7f",
     "line\u2028separator\r\n",
-    "\ud800half",
     "${document.title='owned'}`",
 ]
 

@@ -94,11 +94,11 @@ def test_one_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch, at):
 def test_what_is_no_dashboard_is_left_alone(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    with pytest.raises(FileExistsError, match="holds thesis.txt"):
+    with pytest.raises(FileExistsError, match=r"holds thesis\.txt"):
         write_dashboard(tmp_path / "mine", made_up(2), progress=False)
     write_dashboard(tmp_path / "d", made_up(2), progress=False)
     (tmp_path / "d" / "notes.txt").write_text("precious")
-    with pytest.raises(FileExistsError, match="holds notes.txt"):
+    with pytest.raises(FileExistsError, match=r"holds notes\.txt"):
         write_dashboard(tmp_path / "d", made_up(2), progress=False)
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "index.html").write_text("<p>another's")
@@ -172,7 +172,7 @@ def test_bars_are_as_high_as_bins_are_full():
     for (title, y, height), count in zip(bars, e.counts, strict=True):
         assert float(height) == pytest.approx(100 * count / max(e.counts), abs=0.01)
         assert float(y) + float(height) == pytest.approx(100, abs=0.02)
-        assert title.endswith(f": {count:,} firings")
+        assert title.endswith(f": {count:,} firing" + "s" * (count != 1))
 
 
 def test_neighbours_and_order_are_links_in_a_folder(tmp_path):
@@ -196,7 +196,7 @@ def test_an_expert_that_never_fired(tmp_path):
     index = write_dashboard(tmp_path / "d", data, progress=False)
     markup, embedded = parts_of(expert_page(data, data.experts[-1].expert).html)
     assert "It fired on none of the tokens." in markup
-    assert "nan" not in markup.lower()
+    assert "nan" not in re.sub("<.*?>", "", markup).lower()
     assert "10.0}" in usage(data.settings, data.experts[-1])[0]  # a coefficient to steer by, all the same
     assert parts_of(index.read_text())[1]["values"]["coherence"][-1] is None
     assert embedded["excerpts"] == []
@@ -284,7 +284,7 @@ def hostile_data() -> DashboardData:
     data = made_up(4, texts=texts)
     data.settings |= {
         "model_name": HOSTILE[0] + '"; import os',
-        "text_name": HOSTILE[2],
+        "text_name": HOSTILE[2] + "\ud800",  # as a file's name may be
         "architecture": HOSTILE[6],
         "layer": "C:\\layers\\\"</script><script>document.title='owned'</script>",
         HOSTILE[3]: HOSTILE[1],
@@ -301,8 +301,7 @@ def test_hostile_text_stays_text(tmp_path):
         outside = re.sub(r"<script type=\"text/plain\".*?</script>", "", text, flags=re.S)
         assert len(re.findall("<script", outside)) <= own["index.html" if page == index else "expert"]
         assert not re.search(r"<img|<!--|onerror=\"|<textarea", parts_of(text)[0])
-        assert "\u202e" not in text
-        assert "\x1b" not in text
+        assert not re.search("[\u202a-\u202e\u2066-\u2069\x00-\x08\x1b]", parts_of(text)[0])
 
 
 # The code on a page
@@ -405,7 +404,7 @@ def test_the_same_call_again_only_writes_and_another_is_refused(tiny_model, toke
         build_dashboard(*arguments, [3, 18], tmp_path / "d", cfg=QUICK, progress=False)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    with pytest.raises(FileExistsError, match="holds thesis.txt"):
+    with pytest.raises(FileExistsError, match=r"holds thesis\.txt"):
         build_dashboard(*arguments, [3], tmp_path / "mine", cfg=QUICK, progress=False)
 
 
@@ -796,9 +795,9 @@ def test_right_to_left_text_runs_from_the_right(browser, hostile_folder):
     for path in (hostile_folder / "experts").iterdir():
         with opened(browser, path) as page:
             for text in page.locator(".excerpt").all():
-                first, *_, last = text.locator("span").all()
-                if first.inner_text()[:1] in ("ש", "م"):
-                    assert first.bounding_box()["x"] > last.bounding_box()["x"]
+                spans = text.locator("span").all()
+                if spans[0].inner_text()[:1] in ("ש", "م"):
+                    assert spans[0].bounding_box()["x"] > spans[-1].bounding_box()["x"]
                     found += 1
     assert found
 

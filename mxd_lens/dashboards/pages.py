@@ -418,8 +418,7 @@ def index_html(data: DashboardData) -> str:
     docs = field_docs(ExpertData)
     experts = sorted(data.experts, key=lambda e: -e.density)
     overview = {name: rounded(values) for name, values in data.overview.items()}
-    values = {name: rounded([getattr(e, name) for e in experts]) for name in COLUMNS}
-    values["expert"] = [e.expert for e in experts]
+    values = {name: [known(getattr(e, name)) for e in experts] for name in ("expert", *COLUMNS)}
     columns = [{"name": "expert", "label": "expert", "meaning": "Its id.", "rare": False}] + [
         {"name": name, "label": TITLES[name], "meaning": docs[name], "rare": name in RARE_COLUMNS}
         for name in COLUMNS
@@ -550,7 +549,7 @@ def number(value: float) -> str:
 def shown(value: Any) -> str:
     """A setting as the index shows it."""
     if isinstance(value, Mapping):
-        return "; ".join(f"{name} {shown(v)}" for name, v in value.items())
+        return "; ".join(f"{str(name).replace('_', ' ')} {shown(v)}" for name, v in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(map(shown, value))
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
@@ -570,8 +569,13 @@ def visible(text: str) -> str:
     return "".join(shown)
 
 
+def known(value: float) -> float | None:
+    """A number for JSON, which has none that is not finite."""
+    return value if math.isfinite(value) else None
+
+
 def rounded(values: Iterable[float]) -> list[float | None]:
-    """Numbers to four digits, as short as JSON can have them; None for what is no number."""
+    """Numbers to four digits, as short as JSON can have them."""
     return [short(v) if math.isfinite(v) else None for v in values]
 
 

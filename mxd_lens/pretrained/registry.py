@@ -195,11 +195,9 @@ def _holds(folder: Path, sae: SAE[Any]) -> bool:
     try:
         with safe_open(folder / SAE_WEIGHTS_FILENAME, framework="pt") as weights:
             parameters = dict(sae.named_parameters())
-            if weights.keys() != parameters.keys():
-                return False
-            shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in parameters}
-            return all(shapes[name] == tuple(p.shape) for name, p in parameters.items()) and all(
-                torch.equal(weights.get_tensor(name).to(p.dtype), p.detach().cpu())
+            return set(weights.keys()) == parameters.keys() and all(
+                weights.get_slice(name).get_shape() == list(p.shape)
+                and torch.equal(weights.get_tensor(name).to(p.dtype), p.detach().cpu())
                 for name, p in parameters.items()
             )
     except (OSError, SafetensorError):
