@@ -241,6 +241,7 @@ def test_numbers(value, shown):
 
 def test_quantities():
     assert quantity("density", 0.00123) == "0.123 %"
+    assert quantity("share_of_output", -1.234e-7) == "-1.2e-05 %"
     assert quantity("loss_effect", 0.5) == "+0.5"
     assert quantity("density", math.nan) == quantity("loss_effect", math.nan) == "–"
 

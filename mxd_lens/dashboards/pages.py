@@ -484,10 +484,10 @@ def around_peak(excerpt: Excerpt, n_before: int, n_after: int) -> tuple[str, str
 
 
 def default_axes(overview: Mapping[str, Any]) -> dict[str, str]:
-    """What is drawn at first: density and share of output, or what there is."""
+    """What is drawn at first: how often experts fire, and how much they write; or what there is."""
     names = list(overview)
     x = "density" if "density" in names else names[0]
-    return {"x": x, "y": next((n for n in ("share_of_output", "mean") if n in names), names[-1])}
+    return {"x": x, "y": next((n for n in ("contribution_rms", "mean") if n in names), names[-1])}
 
 
 def spans_decades(values: Sequence[float | None]) -> bool:
@@ -533,7 +533,8 @@ def label(name: str) -> str:
 def quantity(name: str, value: float) -> str:
     """A quantity as the pages show it."""
     if name in PERCENTAGES and math.isfinite(value):
-        return f"{100 * value:.3g} %"
+        percent = 100 * value
+        return f"{percent:.3g} %" if percent == 0 or abs(percent) >= 0.001 else f"{percent:.1e} %"
     return f"{value:+.3g}" if name == "loss_effect" and math.isfinite(value) else number(value)
 
 
@@ -551,7 +552,7 @@ def shown(value: Any) -> str:
     if isinstance(value, Mapping):
         return "; ".join(f"{str(name).replace('_', ' ')} {shown(v)}" for name, v in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(map(shown, value))
+        return ", ".join(map(str, value))
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
