@@ -258,24 +258,16 @@ class CollectionConfig:
     seed: int = 0
     """Of what is drawn at random."""
     batch_size: int = 8
-    """Sequences in a forward pass, or as many tokens in shorter ones. It changes no number beyond rounding."""
+    """Sequences in a forward pass, or as many tokens in shorter ones; changes no number beyond rounding."""
     checkpoint_every: int = 20
     """Batches between two checkpoints, if there is a folder."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "n_bands",
-            "n_sampled",
-            "n_directions",
-            "batch_size",
-            "checkpoint_every",
-            "n_neighbours",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
-        for name in ("n_top", "n_per_band", "before", "after", "n_tokens"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        positive = ("n_bands", "n_sampled", "n_directions", "batch_size", "checkpoint_every")
+        for name in (*positive, "n_top", "n_per_band", "before", "after", "n_tokens", "n_neighbours"):
+            least = 1 if name in positive else 0
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
 
 
 def partial(path: Path) -> Path:

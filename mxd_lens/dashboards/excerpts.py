@@ -70,11 +70,16 @@ class Chosen:
         self.pairs = {pair: i for i, pair in enumerate(ends)}
         self._ends = torch.tensor(list(ends.values()))
         self._peaks = torch.tensor([peaks.get(pair, -1) for pair in ends])
-        self._values, self._norms, self._effects = torch.zeros(3, len(ends), n_positions)
-        self._effects.fill_(torch.nan)
-        d_in = firings.sae.cfg.d_in
-        self._unit_sums = torch.zeros(len(self.picked), d_in, dtype=torch.float64)
-        self._n_peaks = torch.zeros(len(self.picked), dtype=torch.long)
+        shape, n, d_in = (len(ends), n_positions), len(self.picked), firings.sae.cfg.d_in
+        self.measured = {
+            "values": torch.zeros(shape),
+            "norms": torch.zeros(shape),
+            "effects": torch.full(shape, torch.nan),
+            # Of the layer's input at the peaks of the top excerpts, less its mean, at unit length.
+            "unit_sums": torch.zeros(n, d_in, dtype=torch.float64),
+            "n_peaks": torch.zeros(n, dtype=torch.long),
+            "done": torch.tensor(0),
+        }
 
     def _pick(self, slot: int) -> list[PickedBand]:
         top = self.firings.rows["top"].of(slot)
@@ -111,49 +116,50 @@ class Chosen:
         base: dict[int, Tensor] = {}
         if self.cfg.loss_effects:
             base = self._losses_with(sae, model, sequences, checkpoint, progress)
-        state = checkpoint.load(PAIRS_STAGE) if checkpoint is not None else {}
-        done = 0
-        if state:
-            done = int(state["done"])
-            self._values, self._norms, self._effects = state["values"], state["norms"], state["effects"]
-            self._unit_sums, self._n_peaks = state["unit_sums"], state["n_peaks"]
+        if checkpoint is not None and (state := checkpoint.load(PAIRS_STAGE)):
+            self.measured = state
         experts = torch.tensor(self.firings.experts)[slots]
-        mean_input = self.firings.mean_input.cpu()
         order = self._ends.argsort(stable=True)
+        done = int(self.measured["done"])
         with tqdm(total=len(order), desc="Leaving experts out", disable=not progress, unit="seq") as bar:
             bar.update(done)
             for n_batches, rows in enumerate(self._batches(order, self._ends, done), start=1):
-                end = int(self._ends[rows].max())
-                batch = self.tokens[sequences[rows], :end]
-                if self.cfg.loss_effects:
-                    without, written = losses_without(sae, model, batch, experts[rows])
-                else:
-                    written = written_by(sae, model, batch, experts[rows])
-                coefficients = written.coefficients.cpu().float()
-                self._values[rows, :end], self._norms[rows, :end] = coefficients, written.norms.cpu().float()
-                if self.cfg.loss_effects:
-                    with_ = torch.stack([base[s][:end] for s in sequences[rows].tolist()])
-                    # Before its first firing an expert changes nothing, and the rest is rounding.
-                    begun = coefficients.ne(0).cumsum(-1) > 0
-                    effect = without.cpu() - with_
-                    self._effects[rows, :end] = torch.where(begun | effect.isnan(), effect, 0.0)
-                self._add_peaks(rows, slots, written.inputs, mean_input)
-                done += len(rows)
-                if checkpoint is not None and (
-                    n_batches % self.cfg.checkpoint_every == 0 or done == len(order)
-                ):
-                    checkpoint.save(
-                        PAIRS_STAGE,
-                        {
-                            "done": torch.tensor(done),
-                            "values": self._values,
-                            "norms": self._norms,
-                            "effects": self._effects,
-                            "unit_sums": self._unit_sums,
-                            "n_peaks": self._n_peaks,
-                        },
-                    )
+                self._measure(sae, model, rows, slots[rows], experts[rows], sequences[rows], base)
+                self.measured["done"] += len(rows)
                 bar.update(len(rows))
+                if checkpoint is not None and (
+                    n_batches % self.cfg.checkpoint_every == 0 or self.measured["done"] == len(order)
+                ):
+                    checkpoint.save(PAIRS_STAGE, self.measured)
+
+    def _measure(
+        self,
+        sae: SAE[Any],
+        model: Any,
+        rows: Int[Tensor, " rows"],
+        slots: Int[Tensor, " rows"],
+        experts: Int[Tensor, " rows"],
+        sequences: Int[Tensor, " rows"],
+        base: dict[int, Tensor],
+    ) -> None:
+        """One forward pass: some of the pairs, each without its expert; `base` are the losses with it."""
+        end = int(self._ends[rows].max())
+        tokens = self.tokens[sequences, :end]
+        if self.cfg.loss_effects:
+            losses, written = losses_without(sae, model, tokens, experts)
+            effects = losses.cpu() - torch.stack([base[s][:end] for s in sequences.tolist()])
+            # Before its first firing an expert changes nothing, and the rest is rounding.
+            begun = written.coefficients.cpu().ne(0).cumsum(-1) > 0
+            self.measured["effects"][rows, :end] = torch.where(begun | effects.isnan(), effects, 0.0)
+        else:
+            written = written_by(sae, model, tokens, experts)
+        self.measured["values"][rows, :end] = written.coefficients.cpu().float()
+        self.measured["norms"][rows, :end] = written.norms.cpu().float()
+        peaks = self._peaks[rows]
+        is_top = peaks >= 0
+        x = written.inputs.cpu()[is_top, peaks[is_top]].double() - self.firings.mean_input.cpu()
+        self.measured["unit_sums"].index_add_(0, slots[is_top], F.normalize(x, dim=-1))
+        self.measured["n_peaks"].index_add_(0, slots[is_top], torch.ones_like(slots[is_top]))
 
     def _losses_with(
         self,
@@ -196,24 +202,14 @@ class Chosen:
             yield order[done : done + size]
             done += size
 
-    def _add_peaks(
-        self, rows: Int[Tensor, " rows"], slots: Int[Tensor, " pairs"], inputs: Tensor, mean_input: Tensor
-    ) -> None:
-        """Counts the inputs at the peaks of the top excerpts in."""
-        peaks = self._peaks[rows]
-        is_top = peaks >= 0
-        x = inputs[is_top.to(inputs.device), peaks[is_top].to(inputs.device)].cpu().double()
-        self._unit_sums.index_add_(0, slots[rows][is_top], F.normalize(x - mean_input, dim=-1))
-        self._n_peaks.index_add_(0, slots[rows][is_top], torch.ones_like(peaks[is_top]))
-
     # What was measured
 
     def coherence(self, slot: int) -> float:
         """See `ExpertData.coherence`: of k unit vectors, (||their sum||^2 - k) / (k (k - 1))."""
-        k = int(self._n_peaks[slot])
+        k, unit_sum = int(self.measured["n_peaks"][slot]), self.measured["unit_sums"][slot]
         if k < 2:
             return math.nan
-        return max((float(self._unit_sums[slot] @ self._unit_sums[slot]) - k) / (k * (k - 1)), 0.0)
+        return max((float(unit_sum @ unit_sum) - k) / (k * (k - 1)), 0.0)
 
     def bands(self, slot: int, tokenizer: Any) -> list[Band]:
         """The excerpts of an expert."""
@@ -234,7 +230,7 @@ class Chosen:
             start -= 1
         pair = self.pairs[slot, pick.sequence]
         values, norms, effects = (
-            measured[pair, start:end].tolist() for measured in (self._values, self._norms, self._effects)
+            self.measured[name][pair, start:end].tolist() for name in ("values", "norms", "effects")
         )
         return Excerpt(
             tokens=texts[start - margin :],

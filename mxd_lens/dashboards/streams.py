@@ -123,8 +123,8 @@ def priorities(
 
     The firings with the largest are a uniform sample, whatever the order they come in.
     """
-    state = np.full(len(expert), seed, dtype=np.uint64)
-    for part in (expert, sequence, position):
+    state = np.zeros(len(expert), dtype=np.uint64)
+    for part in (torch.full_like(expert, seed), expert, sequence, position):
         # A round of the splitmix64 generator for each, numbers wrapping around at 2^64.
         state += part.numpy().astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
         state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

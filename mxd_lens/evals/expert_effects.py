@@ -127,6 +127,6 @@ def _written(
 ) -> tuple[Written, Float[Tensor, "tokens d_out"]]:
     """What each sequence's expert does, and its contributions."""
     n = experts.to(parts.experts.device).repeat_interleave(kept.shape[1])
-    a = (parts.coefficients * (parts.experts == n[:, None])).sum(-1) * kept.flatten().to(x.device)
+    a = (parts.coefficients * (parts.experts == n[:, None])).sum(-1) * kept.flatten().to(n.device)
     contribution = a[:, None] * parts.directions[n] * parts.decoder_out
     return Written(a.view(kept.shape), contribution.norm(dim=-1).view(kept.shape), x), contribution
