@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         matched_n_experts,
         matched_n_features,
     )
+    from mxd_lens.dashboards.pages import build_dashboard
     from mxd_lens.evals.autointerp import autointerp
     from mxd_lens.evals.carry import CarryReport, what_experts_carry
     from mxd_lens.evals.faithfulness import FaithfulnessReport, evaluate
@@ -71,6 +72,7 @@ _MODULES = (
     "evals.stability",
     "evals.saelens_metrics",
     "evals.autointerp",
+    "dashboards.pages",
 )
 
 __all__ = [
@@ -100,6 +102,7 @@ __all__ = [
     "TranscoderTrainingRunner",
     "ablate",
     "autointerp",
+    "build_dashboard",
     "evaluate",
     "expert_statistics",
     "find_experts",

@@ -274,7 +274,7 @@ def steer(
     from mxd_lens.evals.steering import steered_samples
 
     with errors_for_people():
-        sae = load_layer(layer, sae_id, device, "for a layer of a release give --sae-id too.")
+        sae, _ = load_layer(layer, sae_id, device)
         language_model = load_model(model or sae.cfg.metadata.model_name, device)
         try:
             result = steered_samples(
@@ -345,6 +345,55 @@ def compare(
         page = write_comparison_page(output, comparison)
     Console().print(comparison)
     typer.echo(f"The page: {page}")
+
+
+@app.command()
+def dashboard(
+    layer: Annotated[str, typer.Argument(help="The folder of a trained layer, or a release.")],
+    output: Annotated[Path, typer.Argument(help="The folder to write; an interrupted run goes on there.")],
+    sae_id: Annotated[str, typer.Option(help="Which layer of a release; of a folder, the subfolder.")] = "",
+    experts: Annotated[
+        str, typer.Option(help="Which have a page, as 3,17 or 0-199. Default: 100 drawn at random.")
+    ] = "",
+    text: Text = "embedded",
+    sequences: Annotated[int, typer.Option(help="How many sequences of the text to read.")] = 512,
+    skip: Annotated[int, typer.Option(help="How many rows of the text to skip first: held-out text.")] = 0,
+    loss_effects: Annotated[
+        bool, typer.Option(help="Measure what an expert does to the loss: most of the time.")
+    ] = True,
+    model: Annotated[str, typer.Option(help="The language model. Default: the one it was trained on.")] = "",
+    device: Device = "cpu",
+) -> None:
+    """Write pages about a layer's experts: where they fire, what they promote, what they are good for."""
+    from mxd_lens import build_dashboard, load_model
+    from mxd_lens.dashboards.data import CollectionConfig
+    from mxd_lens.training.text import load_text, token_sequences
+
+    with errors_for_people():
+        sae, source = load_layer(layer, sae_id, device)
+        metadata = sae.cfg.metadata
+        language_model = load_model(model or metadata.model_name, device)
+        tokens = token_sequences(
+            language_model,
+            load_text(text).skip(skip),
+            sequences,
+            metadata.context_size or 128,
+            prepend_bos=metadata.prepend_bos is not False,
+        )
+        try:
+            index = build_dashboard(
+                sae,
+                language_model,
+                tokens.to(device),
+                experts=integers(experts) if experts else None,
+                output=output,
+                text_name=text,
+                layer=source,
+                cfg=CollectionConfig(loss_effects=loss_effects),
+            )
+        except IndexError as e:  # there is no such expert
+            raise ValueError(str(e)) from e
+    typer.echo(f"The dashboard: {index}")
 
 
 @app.command()
@@ -429,16 +478,22 @@ def pretrained() -> None:
     Console().print(list_pretrained())
 
 
-def load_layer(layer: str, sae_id: str, device: str, how: str) -> Any:
-    """A layer in a folder, or of a release; `how` says how one of a release is named."""
+def load_layer(
+    layer: str, sae_id: str, device: str, how: str = "for a layer of a release give --sae-id too."
+) -> tuple[Any, str | tuple[str, str]]:
+    """A layer that a command names, and where it was loaded from: a folder, or a release and an id.
+
+    Raises:
+        FileNotFoundError: there is no such folder, and no id for a release; `how` says how one is named.
+    """
     from sae_lens import SAE
 
     folder = Path(layer).expanduser() / sae_id
     if folder.is_dir():
-        return SAE.load_from_disk(folder, device=device)
-    if sae_id:
-        return SAE.from_pretrained(layer, sae_id, device=device)
-    raise FileNotFoundError(f"{folder} is not a folder; {how}")
+        return SAE.load_from_disk(folder, device=device), str(folder)
+    if not sae_id:
+        raise FileNotFoundError(f"{folder} is not a folder; {how}")
+    return SAE.from_pretrained(layer, sae_id, device=device), (layer, sae_id)
 
 
 def named_layer(given: str, device: str) -> tuple[str, Any]:
@@ -448,16 +503,20 @@ def named_layer(given: str, device: str) -> tuple[str, Any]:
     release, colon, sae_id = where.partition(":")
     if Path(where).expanduser().is_dir() or not colon:
         release, sae_id = where, ""
-    layer = load_layer(release, sae_id, device, "a layer of a release is RELEASE:SAE_ID.")
+    layer, _ = load_layer(release, sae_id, device, "a layer of a release is RELEASE:SAE_ID.")
     return name or Path(where).name, layer
 
 
 def integers(text: str) -> list[int]:
-    """The numbers in "1,2,3"."""
+    """The numbers in "1,2,7-9", both ends of a range included."""
+    found: list[int] = []
     try:
-        return [int(number) for number in text.split(",")]
+        for part in text.split(","):
+            first, _, last = part.partition("-")
+            found += range(int(first), int(last or first) + 1)
     except ValueError:
-        raise ValueError(f"expected numbers separated by commas, got {text!r}.") from None
+        raise ValueError(f"expected numbers separated by commas, as 3,17 or 3-17, got {text!r}.") from None
+    return found
 
 
 @app.command()

@@ -19,6 +19,7 @@ COMMANDS = [
     "carry",
     "steer",
     "compare",
+    "dashboard",
     "frontier",
     "convert",
     "demo",

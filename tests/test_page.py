@@ -9,7 +9,8 @@ from conftest import HOOK_IN, HOOK_OUT
 
 from mxd_lens import FaithfulnessReport
 from mxd_lens.dashboards.frontier_page import frontier_figure, write_frontier_page, write_frontier_png
-from mxd_lens.dashboards.run_page import field_docs, read_history, write_run_page
+from mxd_lens.dashboards.page import field_docs
+from mxd_lens.dashboards.run_page import read_history, write_run_page
 from mxd_lens.evals.frontier import Frontier, Point
 
 HISTORY = [{"tokens": 100.0 * i, "normalized_mse": 1 / i, "dead": 3.0} for i in range(1, 6)]
@@ -33,7 +34,7 @@ def report() -> FaithfulnessReport:
 
 
 def test_every_field_of_the_report_is_explained_and_shown(report, tmp_path):
-    docs = field_docs()
+    docs = field_docs(FaithfulnessReport)
     assert list(docs) == [f.name for f in fields(FaithfulnessReport)]
     assert all(docs.values())
     page = write_run_page(tmp_path / "p.html", "t", HISTORY, report).read_text()

@@ -8,7 +8,7 @@ layer and once a (sequence, expert) without the expert: its cost is in proportio
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -63,7 +63,7 @@ def collect_dashboard(
     folder: str | Path | None = None,
     cfg: CollectionConfig | None = None,
     text_name: str = "",
-    layer: str = "",
+    layer: str | Sequence[str] = "",
     progress: bool = True,
 ) -> DashboardData:
     """Collects what a dashboard shows about some experts of a layer.
@@ -82,7 +82,7 @@ def collect_dashboard(
             them. None: they are not saved.
         cfg: how much is collected.
         text_name: what the text is called, for the reader.
-        layer: where the layer was loaded from, a folder or "release/sae_id", for the reader.
+        layer: where the layer was loaded from, a folder or a pair (release, sae_id), for the reader.
         progress: whether to show progress bars.
 
     Raises:

@@ -1,8 +1,14 @@
 """What every page here shares: one self-contained HTML file, readable on white and on black."""
 
+import re
 from collections.abc import Iterable
+from dataclasses import fields
+from functools import cache
 from html import escape
+from inspect import getsource
 from pathlib import Path
+from textwrap import dedent
+from typing import Any
 
 import plotly.graph_objects as go
 
@@ -83,3 +89,13 @@ def style(figure: go.Figure, height: int) -> go.Figure:
     figure.update_xaxes(gridcolor="rgba(128,136,150,0.2)", zeroline=False)
     figure.update_yaxes(gridcolor="rgba(128,136,150,0.2)", zeroline=False)
     return figure
+
+
+@cache
+def field_docs(cls: Any) -> dict[str, str]:
+    """The docstring under every field of a dataclass."""
+    found = re.findall(
+        r'^    (\w+): [^\n]*\n    """(.*?)"""', dedent(getsource(cls)), flags=re.MULTILINE | re.DOTALL
+    )
+    docs = {name: " ".join(text.split()) for name, text in found}
+    return {f.name: docs[f.name] for f in fields(cls)}

@@ -1,18 +1,14 @@
 """One self-contained HTML page about a trained layer: its training curve and its faithfulness."""
 
 import json
-import re
 from collections.abc import Sequence
-from dataclasses import fields
 from html import escape
-from inspect import getsource
 from pathlib import Path
-from textwrap import dedent
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from mxd_lens.dashboards.page import BLUE, GREY, ORANGE, RED, style, write_page
+from mxd_lens.dashboards.page import BLUE, GREY, ORANGE, RED, field_docs, style, write_page
 from mxd_lens.evals.faithfulness import FaithfulnessReport
 from mxd_lens.training.runner import HISTORY_FILENAME
 
@@ -118,7 +114,7 @@ def report_figure(report: FaithfulnessReport) -> go.Figure:
 def report_rows(report: FaithfulnessReport) -> str:
     """A table row per number, with what it is."""
     rows = []
-    for name, meaning in field_docs().items():
+    for name, meaning in field_docs(FaithfulnessReport).items():
         value = getattr(report, name)
         if isinstance(value, (int, float)):
             shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
@@ -134,14 +130,6 @@ def report_rows(report: FaithfulnessReport) -> str:
             "||y||^2</td></tr>"
         )
     return "\n".join(rows)
-
-
-def field_docs() -> dict[str, str]:
-    """The docstring under every field of FaithfulnessReport."""
-    source = dedent(getsource(FaithfulnessReport))
-    found = re.findall(r'^    (\w+): [^\n]*\n    """(.*?)"""', source, flags=re.MULTILINE | re.DOTALL)
-    docs = {name: " ".join(text.split()) for name, text in found}
-    return {f.name: docs[f.name] for f in fields(FaithfulnessReport)}
 
 
 def read_history(folder: str | Path) -> list[dict[str, float]]:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from sae_lens import logger
+from sae_lens import SAE, logger
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 from sae_lens.loading import pretrained_sae_loaders, pretrained_saes_directory
 from sae_lens.loading.pretrained_saes_directory import PretrainedSAELookup
@@ -175,6 +175,33 @@ def list_pretrained() -> PretrainedLayers:
     """
     releases = (*_bundled().values(), *_registered.values())
     return PretrainedLayers(layer for release in releases for layer in release.layers())
+
+
+def find_release(sae: SAE[Any]) -> tuple[str, str] | None:
+    """The release and sae_id of a layer that a release on this machine holds, weight for weight.
+
+    Looks in the bundled releases and in folders that were registered; None where it is in none of them.
+    """
+    for release in (*_bundled().values(), *_registered.values()):
+        if isinstance(release.source, Path):
+            for sae_id, path in release.paths.items():
+                if _holds(release.source / path, sae):
+                    return release.name, sae_id
+    return None
+
+
+def _holds(folder: Path, sae: SAE[Any]) -> bool:
+    """Whether a folder holds these weights, up to the rounding of the layer's dtype."""
+    try:
+        with safe_open(folder / SAE_WEIGHTS_FILENAME, framework="pt") as weights:
+            parameters = dict(sae.named_parameters())
+            return set(weights.keys()) == parameters.keys() and all(
+                weights.get_slice(name).get_shape() == list(p.shape)
+                and torch.equal(weights.get_tensor(name).to(p.dtype), p.detach().cpu())
+                for name, p in parameters.items()
+            )
+    except (OSError, SafetensorError):
+        return False
 
 
 def _paths(saes: Mapping[str, str] | Iterable[str]) -> dict[str, str]:
