@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     )
     from mxd_lens.evals.faithfulness import FaithfulnessReport, evaluate
     from mxd_lens.evals.frontier import frontier
+    from mxd_lens.evals.probing import sparse_probing
     from mxd_lens.experts import logit_lens
     from mxd_lens.hooks import replacement_hooks
     from mxd_lens.interventions import ablate, steer
@@ -63,6 +64,7 @@ _MODULES = (
     "training.runner",
     "evals.faithfulness",
     "evals.frontier",
+    "evals.probing",
 )
 
 __all__ = [
@@ -103,6 +105,7 @@ __all__ = [
     "push_to_hub",
     "register_release",
     "replacement_hooks",
+    "sparse_probing",
     "steer",
     "top_experts",
 ]
