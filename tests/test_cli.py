@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from mxd_lens import MxD, __version__
 from mxd_lens.cli import app
 
-COMMANDS = ["train", "evaluate", "steer", "frontier", "convert", "demo", "push", "pretrained"]
+COMMANDS = ["train", "evaluate", "steer", "frontier", "convert", "demo", "push", "pretrained", "probe"]
 
 
 def run(*arguments: object, code: int = 0):

@@ -569,7 +569,7 @@ def probe_class(
     # No more columns are made dense than are probed.
     used = ranked if use_all else ranked[: max(n_candidates, *ks, 1)]
     columns = X[:, used]
-    Z = np.asarray(columns.todense() if hasattr(columns, "todense") else columns)
+    Z = columns if isinstance(columns, np.ndarray) else columns.toarray()
     scale = Z[~test].std(0)
     Z = (Z - Z[~test].mean(0)) / np.where(scale > 0, scale, 1)
 
