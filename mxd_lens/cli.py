@@ -328,7 +328,8 @@ def probe(
         list[str], typer.Argument(help="Folders of trained layers; RELEASE:SAE_ID for one of a release.")
     ],
     tasks: Annotated[
-        str, typer.Option(help="Which tasks; beside the default ones, which need no network, there are hub's.")
+        str,
+        typer.Option(help="Which tasks; beside the default ones, which need no network, there are hub's."),
     ] = "language,sentiment,topic,code",
     seeds: Annotated[str, typer.Option(help="Of the splits, as 0,1,2.")] = "0,1,2",
     k: Annotated[str, typer.Option(help="Experts in the k-sparse probes, as 1,5,20.")] = "1,2,5,20,100",

@@ -24,7 +24,18 @@ from mxd_lens import MxD, MxDConfig, TopKTranscoder, TopKTranscoderConfig, load_
 from mxd_lens.dashboards.probing_page import write_probing_page
 from mxd_lens.evals import probing_tasks
 from mxd_lens.evals.logistic import single_feature_probes
-from mxd_lens.evals.probing import ALL, ALWAYS, CONSTANT, MAJORITY, ONE, SparseProbing, of_k, pool, scored, split
+from mxd_lens.evals.probing import (
+    ALL,
+    ALWAYS,
+    CONSTANT,
+    MAJORITY,
+    ONE,
+    SparseProbing,
+    of_k,
+    pool,
+    scored,
+    split,
+)
 from mxd_lens.evals.probing_tasks import (
     OFFLINE_TASKS,
     PASSAGE,
@@ -160,7 +171,9 @@ def test_every_number_is_scikit_learns_on_features_made_by_hand(tiny_model):
                 assert expert.train_f1 == pytest.approx(train_f1)
                 assert (expert.f1, expert.balanced_accuracy) == pytest.approx(on_test)
             assert probe.experts[0].train_f1 == pytest.approx(max(on[0][0] for on in singles.values()))
-            assert probe.scores["one, chosen on test"].f1 == pytest.approx(max(on[1][0] for on in singles.values()))
+            assert probe.scores["one, chosen on test"].f1 == pytest.approx(
+                max(on[1][0] for on in singles.values())
+            )
             for k in (1, 2, 5):
                 assert probe.scores[of_k(k)] == pytest.approx(fit(ranked[:k])[1])
             if name == "mxd":
@@ -347,7 +360,9 @@ def test_a_text_longer_than_the_context_is_cut_and_counted(tiny_model):
     beginning = pool(layers, tiny_model, [" ".join(WORDS[:8]), "the cat"], progress=False)
     pooled = pool(layers, tiny_model, [long, "the cat"], progress=False)
     assert (pooled.n_cut, beginning.n_cut) == (1, 0)
-    np.testing.assert_allclose(pooled.features["mxd"].toarray(), beginning.features["mxd"].toarray(), rtol=1e-5)
+    np.testing.assert_allclose(
+        pooled.features["mxd"].toarray(), beginning.features["mxd"].toarray(), rtol=1e-5
+    )
     assert pool(layers, tiny_model, [long], 5, progress=False).n_tokens.tolist() == [4]
 
 
@@ -369,7 +384,9 @@ def test_without_scikit_learn(tiny_model, monkeypatch):
 
 def test_two_tasks_of_one_name(tiny_model):
     with pytest.raises(ValueError, match="Two tasks have one name: pets, pets"):
-        sparse_probing(planted_transcoder(tiny_model), tiny_model, [planted_texts(), planted_texts(0.5)], **SMALL)
+        sparse_probing(
+            planted_transcoder(tiny_model), tiny_model, [planted_texts(), planted_texts(0.5)], **SMALL
+        )
 
 
 # What comes out
@@ -382,13 +399,18 @@ def test_the_results_are_kept_and_shown(tiny_model, tmp_path):
     assert SparseProbing.load(tmp_path / "probing.json") == result
     facts = result.tasks["pets"]
     assert facts.balance == {"cat": 40, "dog": 40, "neither": 40}
-    assert facts.splits[7] == {"train": {n: 30 for n in facts.balance}, "test": {n: 10 for n in facts.balance}}
+    assert facts.splits[7] == {
+        "train": dict.fromkeys(facts.balance, 30),
+        "test": dict.fromkeys(facts.balance, 10),
+    }
     assert (facts.n_tokens, facts.n_cut) == (120 * 8, 0)
     table = result.to_pandas()
     assert table["probed"].tolist() == ["<mxd>", "blocks.1.mlp.hook_in", MAJORITY, ALWAYS]
     scores = [probe.scores[ONE].f1 for probe in result.select("pets", "<mxd>")]
     assert table["one, F1"][0] == pytest.approx(np.mean(scores))
-    by_seed = [np.mean([p.scores[ONE].f1 for p in result.select("pets", "<mxd>") if p.seed == s]) for s in (0, 7)]
+    by_seed = [
+        np.mean([p.scores[ONE].f1 for p in result.select("pets", "<mxd>") if p.seed == s]) for s in (0, 7)
+    ]
     assert table["±"][0] == pytest.approx(np.std(by_seed, ddof=1))
     page = write_probing_page(tmp_path / "page.html", result).read_text(encoding="utf-8")
     assert page.count("plotly.js v") == 1

@@ -264,7 +264,9 @@ def source_file(label: str, file: Path, folder: Path) -> Iterator[Passage]:
 # From the Hugging Face hub, as in the paper
 
 
-def hub_rows(path: str, *, config: str | None = None, streaming: bool = True, **options: Any) -> Iterator[Any]:
+def hub_rows(
+    path: str, *, config: str | None = None, streaming: bool = True, **options: Any
+) -> Iterator[Any]:
     """Rows of a data set's "train" split; of one that is downloaded whole, in random order."""
     from datasets import load_dataset
 

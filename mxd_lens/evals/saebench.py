@@ -26,6 +26,7 @@ from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from typing import Any, Literal
 
+import jaxtyping
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -228,6 +229,8 @@ def for_sae_bench(
         check_fits(sae, model)
     (shown_at,) = names
     with ExitStack() as stack:
+        # Its shape annotations give one name to two sizes, which newer versions of beartype notice.
+        stack.enter_context(replaced(jaxtyping.config, "jaxtyping_disable", True))
         # SAEBench keeps what it trains on a layer's activations under the model's name.
         stack.enter_context(replaced(model.cfg, "model_name", f"{model.cfg.model_name}-{shown_at}"))
         memories: dict[tuple[str, str], InputsOfOutputs] = {}
