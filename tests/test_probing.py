@@ -310,9 +310,9 @@ def test_more_than_there_is_is_refused(options, message, tiny_model):
 
 
 def test_a_task_of_one_class():
-    with pytest.raises(ValueError, match=r"'mood' has texts of 1 class: glad\."):
+    with pytest.raises(ValueError, match="'mood' has texts of glad only"):
         LabelledTexts.of("mood", [("glad", "a cat"), ("glad", "a dog"), ("sad", "  ")])
-    with pytest.raises(ValueError, match=r"0 classes"):
+    with pytest.raises(ValueError, match="no class only"):
         LabelledTexts.of("mood", [])
 
 
@@ -469,8 +469,9 @@ def test_tasks_that_need_no_network(name):
     task = load_task(name, n_texts=240)
     assert len(task.balance) >= 2
     assert len(set(task.balance.values())) == 1, "as many of each class"
-    assert len(set(" ".join(text.split()).casefold() for text in task.texts)) == len(task.texts)
-    assert all(0 < len(text) <= PASSAGE or "sentence" in source for text, source in zip(task.texts, task.sources, strict=True))  # fmt: skip
+    assert len({" ".join(text.split()).casefold() for text in task.texts}) == len(task.texts)
+    whole = [text for text, source in zip(task.texts, task.sources, strict=True) if "sentence" not in source]
+    assert all(0 < len(text) <= PASSAGE for text in whole)
     assert task == load_task(name, n_texts=240)
     split(task, 0)
     expected = {"language": "Finnish", "sentiment": "negative", "topic": "religion", "code": "Python"}[name]
@@ -489,7 +490,7 @@ def test_an_nltk_corpus_that_is_missing(monkeypatch):
 
     lazy = LazyCorpusLoader("genesis", nltk.corpus.PlaintextCorpusReader, r".*")
     monkeypatch.setattr(nltk.corpus, "genesis", lazy)
-    with pytest.raises(LookupError, match="python -m nltk.downloader genesis"):
+    with pytest.raises(LookupError, match=r"python -m nltk\.downloader genesis"):
         load_task("language")
 
 
@@ -568,7 +569,7 @@ def test_a_real_models_experts_know_languages(smollm2):
 
 def test_a_task_of_ones_own_by_name(tiny_model, monkeypatch):
     task = planted_texts()
-    passages = lambda: (Passage(*pair, str(i)) for i, pair in enumerate(zip(task.labels, task.texts, strict=True)))  # fmt: skip  # noqa: E731
-    monkeypatch.setitem(TASKS, "pets", ProbingTask("pets", "which pet", "given", passages))
+    passages = [Passage(*row) for row in zip(task.labels, task.texts, task.sources, strict=True)]
+    monkeypatch.setitem(TASKS, "pets", ProbingTask("pets", "which pet", "given", lambda: passages))
     result = sparse_probing(planted_transcoder(tiny_model), tiny_model, "pets", n_texts=60, **SMALL)
     assert result.tasks["pets"].balance == {"cat": 20, "dog": 20, "neither": 20}

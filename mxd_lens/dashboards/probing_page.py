@@ -55,7 +55,8 @@ def write_probing_png(path: str | Path, result: SparseProbing) -> Path:
 def colours(result: SparseProbing) -> dict[str, str]:
     """A layer's colour; grey for dense activations."""
     layers = dict(zip(result.settings["layers"], COLOURS * len(result.settings["layers"]), strict=False))
-    return layers | {name: GREY for name in result.features if name not in layers and is_probed(result, name)}
+    dense = [name for name in result.features if name not in layers and is_probed(result, name)]
+    return layers | dict.fromkeys(dense, GREY)
 
 
 def is_probed(result: SparseProbing, features: str) -> bool:
@@ -139,7 +140,8 @@ def together_figure(result: SparseProbing) -> go.Figure:
 
 def text_rows(tasks: Iterable[tuple[str, TaskFacts]]) -> str:
     """A table row a task: where its texts are from, how many, of which class."""
-    head = "<tr><th>Task</th><th>From</th><th>Texts of each class</th><th>Tokens</th><th>Cut</th><th>Left out</th></tr>"
+    names = ("Task", "From", "Texts of each class", "Tokens", "Cut", "Left out")
+    head = "<tr>" + "".join(f"<th>{name}</th>" for name in names) + "</tr>"
     body = "\n".join(
         f"<tr><td>{escape(name)}</td><td>{escape(facts.provider)}</td>"
         f"<td>{escape(listed(facts.balance))}</td>"

@@ -101,8 +101,8 @@ class LabelledTexts:
             by_label.setdefault(passage.label, []).append(passage)
         if len(by_label) < 2:
             raise ValueError(
-                f"The task {name!r} has texts of {len(by_label)} class{'es' * (not by_label)}"
-                f"{': ' * bool(by_label)}{', '.join(by_label)}. Probing tells classes apart: give two at least."
+                f"The task {name!r} has texts of {', '.join(by_label) or 'no class'} only: probing tells "
+                "classes apart, two at least."
             )
         if n_texts is not None:
             each, draw = n_texts // len(by_label), random.Random(seed)

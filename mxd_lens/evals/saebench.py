@@ -7,8 +7,8 @@ SAEBench at one of them:
 "input"   activations are the MLP's input. For evaluations that encode and no more: sparse probing, and
           automatic interpretation.
 "output"  activations are the MLP's output y, and `decode(encode(y))` is the layer's output, exactly what it
-          puts in the MLP's place. For evaluations that compare, replace or ablate: core, absorption, TPP, SCR.
-          `encode` finds the input that y came from by y's values: it was seen when the model ran.
+          puts in the MLP's place. For evaluations that compare, replace or ablate: core, absorption, TPP,
+          SCR. `encode` finds the input that y came from by y's values: it was seen when the model ran.
 
 An ordinary SAE has one hook point, and is the same at both.
 
@@ -109,6 +109,7 @@ class SAEBenchLayer(nn.Module):
     a_n ||d_n|| and d_n / ||d_n||, where d_n is what a coefficient of 1 writes.
     """
 
+    scale: Tensor
     W_enc: Tensor
     W_dec: Tensor
     b_enc: Tensor
@@ -274,7 +275,7 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def renaming(model: HookedTransformer, shown_at: str) -> Any:
-    """run_with_cache, where the residual stream behind the layers' block means the point they are shown at."""
+    """run_with_cache, where the residual stream behind the block means where the layers are shown."""
     run_with_cache = model.run_with_cache
     residual = f"blocks.{block_of(model, shown_at)[0]}.hook_resid_post"
 
