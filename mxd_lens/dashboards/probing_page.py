@@ -33,9 +33,9 @@ def write_probing_page(path: str | Path, result: SparseProbing) -> Path:
         path,
         f"Sparse probing of {settings['model_name']}",
         f"One expert's mean coefficient over a text as the probe of its class: {layers}. For each class the "
-        f"{settings['n_candidates']} experts whose mean differs most on the training split are tried; shown "
-        f"are the {N_KEPT} best there, with their F1 on the test split, over {len(settings['seeds'])} splits. "
-        f"Up to {settings['context_size']} tokens of a text are read.",
+        f"{settings['n_candidates']} experts whose mean differs most on the training split are tried; the "
+        f"{N_KEPT} best there are shown, with their F1 on the test split, over {len(settings['seeds'])} "
+        f"splits. Up to {settings['context_size']} tokens of a text are read.",
         parts,
     )
 
