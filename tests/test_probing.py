@@ -503,7 +503,7 @@ HUB = {
     },
     "github_code": {
         None: [
-            {"content": f"{e} {i}\n" * 100, "path": f"a/b{i}.{e}", "repo_name": "r"}
+            {"content": f"{e} {i}\n" * 300, "path": f"a/b{i}.{e}", "repo_name": "r"}
             for i in range(8)
             for e in ("c", "py", "html", "java", "php", "rb")
         ]

@@ -163,7 +163,7 @@ def pieces(text: str, at_most: int = PASSAGES_OF_A_SOURCE) -> list[str]:
     found = re.findall(rf"(?<!\S)\S.{{0,{PASSAGE - 1}}}(?!\S)", text, flags=re.DOTALL)
     found = [piece.strip() for piece in found]
     if len(found) > 1:
-        found = [piece for piece in found[1:] if len(piece) >= PASSAGE // 4]
+        found = [piece for piece in found[1:] if len(piece) >= PASSAGE // 4] or found[:1]
     return found[:: -(-len(found) // at_most) or 1]
 
 
