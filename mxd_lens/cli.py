@@ -469,6 +469,62 @@ def frontier(
 
 
 @app.command()
+def probe(
+    layers: Annotated[
+        list[str], typer.Argument(help="Folders of trained layers; RELEASE:SAE_ID for one of a release.")
+    ],
+    tasks: Annotated[
+        str,
+        typer.Option(help="Which tasks; beside the default ones, which need no network, there are hub's."),
+    ] = "language,sentiment,topic,code",
+    seeds: Annotated[str, typer.Option(help="Of the splits, as 0,1,2.")] = "0,1,2",
+    k: Annotated[str, typer.Option(help="Experts in the k-sparse probes, as 1,5,20.")] = "1,2,5,20,100",
+    candidates: Annotated[int, typer.Option(help="Experts tried one at a time, for each class.")] = 100,
+    texts: Annotated[int, typer.Option(help="Texts of a task, at most.")] = 1000,
+    context: Annotated[int, typer.Option(help="Tokens of a text that are read. 0: as in training.")] = 0,
+    model: Annotated[str, typer.Option(help="The language model. Default: the one of the first layer.")] = "",
+    device: Device = "cpu",
+    json: Annotated[Path | None, typer.Option(help="Write the results there.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page about them there.")] = None,
+) -> None:
+    """Probe layers: how well one expert, or a few, tell the classes of a text apart."""
+    from rich.console import Console
+    from sae_lens import SAE
+
+    from mxd_lens import load_model, sparse_probing
+
+    with errors_for_people():
+        saes: dict[str, SAE] = {}
+        for layer in layers:
+            folder = Path(layer).expanduser()
+            release, colon, sae_id = layer.rpartition(":")
+            if folder.is_dir() or not colon:
+                name = folder.resolve().name
+                saes[layer if name in saes else name] = SAE.load_from_disk(folder, device=device)
+            else:
+                saes[layer] = SAE.from_pretrained(release, sae_id, device=device)
+        first = next(iter(saes.values()))
+        language_model = load_model(model or first.cfg.metadata.model_name, device)
+        result = sparse_probing(
+            saes,
+            language_model,
+            tasks.split(","),
+            integers(seeds),
+            integers(k),
+            candidates,
+            texts,
+            context or None,
+        )
+        if json is not None:
+            result.save(json)
+        if html is not None:
+            from mxd_lens.dashboards.probing_page import write_probing_page
+
+            write_probing_page(html, result)
+    Console().print(result)
+
+
+@app.command()
 def pretrained() -> None:
     """List the layers that can be loaded by name."""
     from rich.console import Console

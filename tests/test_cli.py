@@ -23,6 +23,7 @@ COMMANDS = [
     "frontier",
     "convert",
     "demo",
+    "probe",
     "push",
     "pretrained",
 ]
@@ -154,6 +155,28 @@ def test_steer(small, tmp_path):
     assert "expert 40 does not exist: there are 40" in run("steer", out, "--expert", 40, code=1).output
     assert "mode must be one of" in run("steer", out, "--expert", 3, "--mode", "x", code=1).output
     assert "give --sae-id too" in run("steer", tmp_path / "none", "--expert", 3, code=1).output
+
+
+def test_probe(small, tmp_path, words, monkeypatch):
+    from mxd_lens.evals.probing_tasks import TASKS, Passage, ProbingTask
+
+    passages = [Passage("cat" if "cat" in text else "no cat", text, text) for text in words]
+    monkeypatch.setitem(
+        TASKS, "cats", ProbingTask("cats", "whether there is a cat", "given", lambda: passages)
+    )
+    out, scores, page = tmp_path / "mxd", tmp_path / "probing.json", tmp_path / "probing.html"
+    run("train", out, *small)
+    options = ["--tasks", "cats", "--seeds", "0,1", "--k", "1,3", "--candidates", 10, "--texts", 80]
+    result = run("probe", out, *options, "--json", scores, "--html", page)
+    assert "Probing llama-of-words" in result.output
+    known = json.loads(scores.read_text())
+    assert list(known["settings"]["layers"]) == ["mxd"]
+    assert known["tasks"]["cats"]["balance"] == {"cat": 40, "no cat": 40}
+    assert page.read_text().startswith("<!doctype html>")
+    assert "has 40: give fewer" in run("probe", out, "--tasks", "cats", "--k", 50, code=1).output
+    assert (
+        "no probing task 'x'" in run("probe", out, "--tasks", "x", "--k", 1, "--candidates", 9, code=1).output
+    )
 
 
 def test_evaluate_says_what_is_wrong_with_a_folder(tmp_path):

@@ -136,10 +136,27 @@ def python_documentation() -> Iterator[str]:
 
 def nltk_corpus(name: str) -> Iterator[str]:
     """The paragraphs of an nltk corpus, its tokens joined to running text where it is tokenised."""
+    from nltk.corpus.reader import PlaintextCorpusReader, XMLCorpusReader
+
+    reader = nltk_reader(name)
+    for file_id in reader.fileids():
+        if isinstance(reader, PlaintextCorpusReader):
+            yield from paragraphs(reader.raw(file_id))
+        elif isinstance(reader, XMLCorpusReader):
+            yield "\n".join(line.strip() for line in reader.xml(file_id).itertext() if line.strip())
+        else:
+            yield "\n".join(detokenized(sentence) for sentence in reader.sents(file_id))
+
+
+def nltk_reader(name: str) -> Any:
+    """The reader of an nltk corpus.
+
+    Raises:
+        LookupError: there is no such corpus, or it is not on this machine.
+    """
     import nltk.corpus
-    from nltk.corpus.reader import CorpusReader, PlaintextCorpusReader, XMLCorpusReader
+    from nltk.corpus.reader import CorpusReader
     from nltk.corpus.util import LazyCorpusLoader
-    from nltk.tokenize.treebank import TreebankWordDetokenizer
 
     reader = getattr(nltk.corpus, name, None)
     if not isinstance(reader, (LazyCorpusLoader, CorpusReader)):
@@ -151,11 +168,11 @@ def nltk_corpus(name: str) -> Iterator[str]:
             f"The nltk corpus {name!r} is not on this machine. Download it with "
             f"python -m nltk.downloader {name}, or set NLTK_DATA to where it is."
         ) from e
-    for file_id in reader.fileids():
-        if isinstance(reader, PlaintextCorpusReader):
-            yield from paragraphs(reader.raw(file_id))
-        elif isinstance(reader, XMLCorpusReader):
-            yield "\n".join(line.strip() for line in reader.xml(file_id).itertext() if line.strip())
-        else:
-            detokenize = TreebankWordDetokenizer().detokenize
-            yield "\n".join(detokenize(sentence) for sentence in reader.sents(file_id))
+    return reader
+
+
+def detokenized(sentence: Iterable[str]) -> str:
+    """A sentence of words and punctuation marks, joined to running text."""
+    from nltk.tokenize.treebank import TreebankWordDetokenizer
+
+    return TreebankWordDetokenizer().detokenize(list(sentence))
