@@ -52,8 +52,8 @@ def main() -> None:
         chosen[name] = random.Random(0).sample(alive, args.experts)
         coefficients[name] = matched_coefficient(sae, x, args.strength)
     scores = steering_scores(model, saes, args.output, chosen, coefficient=coefficients)
-    write_steering_page(args.output / "index.html", scores)
     write_steering_png(args.output / "steering.png", scores)
+    write_steering_page(args.output / "index.html", scores, picture="steering.png")
     Console(width=120).print(scores)
 
 

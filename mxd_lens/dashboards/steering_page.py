@@ -15,10 +15,17 @@ N_SHOWN = 5
 """Experts a layer whose texts are shown, of the best and of the worst."""
 
 
-def write_steering_page(path: str | Path, scores: SteeringScores) -> Path:
-    """Writes the figure, every layer's means, and the texts of its best and worst experts."""
+def write_steering_page(path: str | Path, scores: SteeringScores, picture: str = "") -> Path:
+    """Writes the figure, every layer's means, and the texts of its best and worst experts.
+
+    Args:
+        path: the HTML file.
+        scores: what it is about.
+        picture: a picture file beside it to show in the place of the figure: without plotly.js the page
+            is small.
+    """
     parts: list[str | go.Figure] = [
-        steering_figure(scores),
+        f'<img src="{escape(picture)}" alt="" style="width: 100%">' if picture else steering_figure(scores),
         f'<div class="wide"><table>{means(scores)}</table></div>',
     ]
     for layer in scores.settings["layers"]:
@@ -118,13 +125,14 @@ def steering_figure(scores: SteeringScores) -> go.Figure:
     for i, architecture in enumerate(architectures):
         colour = COLOURS[i % len(COLOURS)]
         of_it = [score for score in scores.scores if score.architecture == architecture]
+        label = " and ".join(dict.fromkeys(score.layer for score in of_it))
         concept, fluency = [score.concept for score in of_it], [score.fluency for score in of_it]
         figure.add_scatter(
             x=concept,
             y=fluency,
             mode="markers",
             marker={"color": colour, "size": 6, "opacity": 0.45},
-            name=architecture,
+            name=label,
             legendgroup=architecture,
             showlegend=False,
             text=[f"{score.layer}, expert {score.expert}" for score in of_it],
@@ -136,7 +144,7 @@ def steering_figure(scores: SteeringScores) -> go.Figure:
             y=y,
             mode="lines",
             line={"color": colour, "width": 2.5},
-            name=f"{architecture}, {len(of_it)} experts",
+            name=f"{label}, {len(of_it)} experts",
             legendgroup=architecture,
             hoverinfo="skip",
         )
