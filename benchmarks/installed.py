@@ -1,4 +1,4 @@
-"""What a user finds who installs the wheel: run by the Python of an empty environment, outside the repository.
+"""What a user finds who installs the wheel: run by the Python of an empty environment.
 
     make package              # builds the wheel, installs it, runs this
     make package DEMO=--demo  # and `mxd-lens demo`, which takes minutes

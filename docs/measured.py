@@ -21,7 +21,8 @@ BUNDLED = ROOT / "mxd_lens" / "pretrained" / "weights"
 
 MARK = re.compile(r"<!-- (\{[^}]+\}) -->(.*?)<!-- -->", re.DOTALL)
 NOT_PROSE = re.compile(
-    r"^```.*?^```$|^    .*?$|`[^`\n]*`|\]\([^)]*\)|<!--.*?-->|\$\$.*?\$\$|\$[^$\n]+\$", re.DOTALL | re.MULTILINE
+    r"^```.*?^```$|^    .*?$|`[^`\n]*`|\]\([^)]*\)|<!--.*?-->|\$\$.*?\$\$|\$[^$\n]+\$",
+    re.DOTALL | re.MULTILINE,
 )
 DECIMAL = re.compile(r"(?<![\w.])\d+\.\d+(?![\w.]*\w)|\d %|\d%")
 VERSION = re.compile(r"(Python|arXiv|torch|transformers|SAELens|TransformerLens|sae-lens|MIT|version) $")
@@ -107,7 +108,9 @@ def bundled(release: str, sae_id: str = "blocks.11.mlp") -> SimpleNamespace:
     """The two reports that lie beside a bundled layer's weights."""
     folder = BUNDLED / release / sae_id
     return SimpleNamespace(
-        wikitext=read(folder / "report.json"), brown=read(folder / "report-2.json"), cfg=read(folder / "cfg.json")
+        wikitext=read(folder / "report.json"),
+        brown=read(folder / "report-2.json"),
+        cfg=read(folder / "cfg.json"),
     )
 
 
@@ -171,14 +174,18 @@ def compatibility_table() -> str:
     needed = re.search(r"^dependencies = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S)
     rows = []
     for name, asked in re.findall(r'"([\w-]+)([^"]*)"', needed[1] if needed else ""):
-        pins = [next((v for n, v in pinned.items() if same(n, name)), "not pinned") for pinned in (oldest, newest)]
-        rows.append([f"`{name}`", f"`{asked}`", *pins])
+        versions = [version_of(name, pinned) for pinned in (oldest, newest)]
+        rows.append([f"`{name}`", f"`{asked}`", *versions])
     return table(["package", "asked for", "oldest tested", "newest tested"], rows)
 
 
-def same(one: str, other: str) -> bool:
-    """Whether two names are of one package."""
-    return one.lower().replace("_", "-") == other.lower().replace("_", "-")
+def version_of(name: str, pinned: dict[str, str]) -> str:
+    """The version of a package among pins, however its name is written there."""
+
+    def plain(written: str) -> str:
+        return written.lower().replace("_", "-")
+
+    return {plain(other): version for other, version in pinned.items()}.get(plain(name), "not pinned")
 
 
 layer12 = read(RESULTS / "smollm2-135m-layer12" / "report.json")
@@ -218,7 +225,11 @@ def updated(text: str) -> str:
 
 def typed_numbers(text: str) -> list[str]:
     """Lines of prose with a decimal number or a percentage that no mark holds."""
-    prose = NOT_PROSE.sub(lambda m: "\n" * m[0].count("\n"), MARK.sub(lambda m: "\n" * m[0].count("\n"), text))
+
+    def blank(found: re.Match[str]) -> str:
+        return "\n" * found[0].count("\n")
+
+    prose = NOT_PROSE.sub(blank, MARK.sub(blank, text))
     return [
         line.strip()
         for line in prose.splitlines()
@@ -237,7 +248,9 @@ def problems() -> Iterator[str]:
         for mark in MARK.finditer(text):
             if (value := mark[1].format(**NAMES)) != mark[2].strip():
                 yield f"{name}: {mark[1]} is {value}, the page says {mark[2].strip()}."
-        yield from (f"{name}: a number that is not read from results/: {line}" for line in typed_numbers(text))
+        yield from (
+            f"{name}: a number that is not read from results/: {line}" for line in typed_numbers(text)
+        )
 
 
 def main() -> int:

@@ -124,7 +124,9 @@ def check_command(words: list[str]) -> None:
     if program == "mxd-lens":
         check_options(typer.main.get_command(app), arguments)
     elif program == "make":
-        assert re.search(rf"^{re.escape(arguments[0])}:", (ROOT / "Makefile").read_text(), re.MULTILINE), words
+        assert re.search(rf"^{re.escape(arguments[0])}:", (ROOT / "Makefile").read_text(), re.MULTILINE), (
+            words
+        )
     elif program == "python" and arguments[:1] == ["-m"] and arguments[1].startswith("benchmarks."):
         source = (ROOT / f"{arguments[1].replace('.', '/')}.py").read_text()
         for option in (word for word in arguments if word.startswith("--")):
@@ -145,7 +147,12 @@ def check_options(command: Any, arguments: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["mxd-lens trian out", "mxd-lens train out --layers 3", "make coffee", "python -m benchmarks.frontier --x"],
+    [
+        "mxd-lens trian out",
+        "mxd-lens train out --layers 3",
+        "make coffee",
+        "python -m benchmarks.frontier --x",
+    ],
 )
 def test_a_command_that_does_not_exist_is_found(line):
     with pytest.raises((KeyError, AssertionError)):
@@ -197,7 +204,9 @@ def test_numbers_are_written_into_the_marks():
     assert measured.updated(written) == written
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=page_id)
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=page_id
+)
 def test_the_links_of_pages_outside_docs_lead_somewhere(page):
     """mkdocs checks those inside."""
     tokens = [child for token in markdown.parse(page.read_text()) for child in token.children or []]
