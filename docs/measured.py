@@ -165,6 +165,16 @@ def ablation_table() -> str:
     return table(["layer", "zero ablated, nats", "mean ablated, nats"], rows)
 
 
+def results_list() -> str:
+    """The pages of results/, with their titles."""
+    pages = sorted(RESULTS.glob("*/README.md"))
+    titles = [page.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ") for page in pages]
+    return "\n".join(
+        f"- [{title}](results/{page.parent.name}/README.md)"
+        for title, page in zip(titles, pages, strict=True)
+    )
+
+
 def compatibility_table() -> str:
     """The oldest and newest versions that the tests run with."""
     newest, oldest = (
@@ -201,6 +211,7 @@ tables = SimpleNamespace(
     inference=inference_table(),
     ablation=ablation_table(),
     compatibility=compatibility_table(),
+    results=results_list(),
 )
 NAMES = {
     name: globals()[name]
