@@ -23,7 +23,7 @@ class Printable:
         raise NotImplementedError
 
     def __str__(self) -> str:
-        console = Console()
+        console = Console(force_terminal=False, force_jupyter=False)  # text alone: no colours, no HTML
         with console.capture() as written:
             console.print(self)
         return written.get().rstrip("\n")
