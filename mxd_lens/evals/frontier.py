@@ -33,6 +33,7 @@ from mxd_lens.architectures import (
     matched_n_features,
 )
 from mxd_lens.evals.faithfulness import FaithfulnessReport, evaluate_all
+from mxd_lens.tables import Printable
 from mxd_lens.training.multi_runner import MultiTranscoderTrainingRunner
 from mxd_lens.training.runner import TranscoderRunnerConfig, read_json, then_and_now, write_json
 from mxd_lens.training.trainer import complete_checkpoints
@@ -134,7 +135,7 @@ class Point:
 
 
 @dataclass
-class Frontier:
+class Frontier(Printable):
     """What `frontier` measured."""
 
     settings: dict[str, Any]

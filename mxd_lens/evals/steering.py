@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from mxd_lens.hooks import hook_names
 from mxd_lens.interventions import Mode, steer
+from mxd_lens.tables import Printable
 
 NGRAM = 3
 """Tokens in the sequences whose repetition is counted."""
@@ -65,7 +66,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class SteeredSamples:
+class SteeredSamples(Printable):
     """What `steered_samples` gives: the same model's continuations, with an expert steered and without."""
 
     model_name: str

@@ -22,6 +22,7 @@ from mxd_lens.evals.judges import Judge, LocalJudge
 from mxd_lens.evals.steering import Sampling, compare, measure, perplexity, written
 from mxd_lens.interventions import Mode, expert_id
 from mxd_lens.reading import expert_ids, take_apart
+from mxd_lens.tables import Printable
 from mxd_lens.training.runner import then_and_now, write_json
 
 SCORES_FILENAME = "steering_scores.json"
@@ -52,7 +53,7 @@ class SteeringScore:
 
 
 @dataclass
-class SteeringScores:
+class SteeringScores(Printable):
     """What `steering_scores` measured."""
 
     settings: dict[str, Any]

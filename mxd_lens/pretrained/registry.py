@@ -27,6 +27,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mxd_lens.tables import Printable
+
 BUNDLED = Path(__file__).parent / "weights"
 REPORT_FILENAME = "report.json"
 """A layer's report, as `mxd-lens demo` names it; where there are several, report-TEXT.json."""
@@ -53,7 +55,7 @@ class PretrainedLayer:
     """The `FaithfulnessReport` that lies beside the weights, as a dictionary."""
 
 
-class PretrainedLayers(list[PretrainedLayer]):
+class PretrainedLayers(Printable, list[PretrainedLayer]):
     """Layers, which print as a table."""
 
     def __rich__(self) -> Table:

@@ -1,0 +1,281 @@
+"""What README.md and docs/ say was measured, read from results/ and written between marks.
+
+    normalised MSE <!-- {layer12.normalized_mse:.3f} -->0.225<!-- -->
+
+The first comment is a format string over the names below; what follows it up to the empty comment is its
+value. `make numbers` writes the values, `python docs/measured.py --check` fails where one is not what its
+file holds, or where a page has a decimal number that is neither marked nor code.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results"
+BUNDLED = ROOT / "mxd_lens" / "pretrained" / "weights"
+
+MARK = re.compile(r"<!-- (\{[^}]+\}) -->(.*?)<!-- -->", re.DOTALL)
+NOT_PROSE = re.compile(
+    r"^```.*?^```$|^    .*?$|`[^`\n]*`|\]\([^)]*\)|<!--.*?-->|\$\$.*?\$\$|\$[^$\n]+\$",
+    re.DOTALL | re.MULTILINE,
+)
+DECIMAL = re.compile(r"(?<![\w.])\d+\.\d+(?![\w.]*\w)|\d %|\d%")
+VERSION = re.compile(r"(Python|arXiv|torch|transformers|SAELens|TransformerLens|sae-lens|MIT|version) $")
+
+
+class Report(SimpleNamespace):
+    """What `mxd_lens.evaluate` measured of one layer."""
+
+    @property
+    def added_loss(self) -> float:
+        """What the replacement adds to the cross-entropy, nats per token."""
+        return self.ce_loss_replaced - self.ce_loss
+
+    @property
+    def added_loss_mean_gate(self) -> float:
+        return self.ce_loss_mean_gate - self.ce_loss
+
+    @property
+    def added_loss_zero_ablated(self) -> float:
+        return self.ce_loss_zero_ablated - self.ce_loss
+
+
+def read(path: Path) -> Any:
+    """A JSON file, its objects as namespaces; reports of layers as `Report`."""
+
+    def namespace(values: dict[str, Any]) -> SimpleNamespace:
+        return (Report if "ce_loss_replaced" in values else SimpleNamespace)(**values)
+
+    return json.loads(path.read_text(encoding="utf-8"), object_hook=namespace)
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table, the first column to the left and the others to the right."""
+    head = list(head)
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+class Frontier:
+    """results/frontier-smollm2-135m: reports by architecture and K, of one layer on one text."""
+
+    titles = {  # noqa: RUF012
+        "topk_transcoder": "transcoder",
+        "mxd": "MxD",
+        "skip_mxd": "SkipMxD",
+        "topk_skip_transcoder": "skip transcoder",
+    }
+
+    def __init__(self, layer: int, text: str) -> None:
+        sweep = read(RESULTS / "frontier-smollm2-135m" / "frontier.json")
+        self.settings = sweep.settings
+        self.points: dict[str, dict[int, Report]] = {}
+        for point in sweep.points:
+            if point.layer == layer and (report := getattr(point.reports, text, None)):
+                self.points.setdefault(point.architecture, {})[point.k] = report
+
+    def __getattr__(self, name: str) -> SimpleNamespace:
+        """The reports of an architecture: `frontier.mxd.k32`."""
+        return SimpleNamespace(**{f"k{k}": report for k, report in self.points[name].items()})
+
+    @property
+    def ratio(self) -> SimpleNamespace:
+        """The MxD's error over the transcoder's: `frontier.ratio.k32`."""
+        mxd, transcoder = self.points["mxd"], self.points["topk_transcoder"]
+        ks = mxd.keys() & transcoder.keys()
+        return SimpleNamespace(**{f"k{k}": mxd[k].normalized_mse / transcoder[k].normalized_mse for k in ks})
+
+    @property
+    def table(self) -> str:
+        found = {name: title for name, title in self.titles.items() if name in self.points}
+        ks = sorted(set.intersection(*(set(self.points[name]) for name in found)))
+        return table(
+            ["K", *found.values()],
+            ([str(k), *(self._cell(self.points[name][k]) for name in found)] for k in ks),
+        )
+
+    @staticmethod
+    def _cell(report: Report) -> str:
+        return f"{report.normalized_mse:.3f} ({report.feature_share:.2f}), {report.added_loss:+.3f}"
+
+
+def bundled(release: str, sae_id: str = "blocks.11.mlp") -> SimpleNamespace:
+    """The two reports that lie beside a bundled layer's weights."""
+    folder = BUNDLED / release / sae_id
+    return SimpleNamespace(
+        wikitext=read(folder / "report.json"),
+        brown=read(folder / "report-2.json"),
+        cfg=read(folder / "cfg.json"),
+    )
+
+
+def bundled_table() -> str:
+    """The bundled layers, on both texts."""
+
+    def rows() -> Iterator[list[str]]:
+        for name, layer in (("MxD", mxd11), ("transcoder", transcoder11)):
+            for text, r in (("WikiText-2", layer.wikitext), ("Brown", layer.brown)):
+                yield [
+                    f"{name}, {text}",
+                    *(f"{v:.3f}" for v in (r.normalized_mse, r.normalized_mse_mean_gate)),
+                    f"{r.normalized_mse_shuffled_gate:.2f}",
+                    f"{r.feature_share:.2f}",
+                    f"{r.fraction_of_variance_unexplained:.3f}",
+                    *(f"{v:.3f}" for v in (r.ce_loss, r.ce_loss_replaced, r.ce_loss_zero_ablated)),
+                    f"{r.ce_loss_recovered:.2f}",
+                ]
+
+    head = ("", "normalised MSE", "mean gate", "shuffled gate", "feature share", "FVU")
+    losses = ("cross-entropy, unmodified", "replaced", "zero ablated", "recovered")
+    return table([*head, *losses], rows())
+
+
+def train_step_table() -> str:
+    """A training step at GPT-2's size: this package beside others."""
+    names = {
+        "reference MxD": "the formula with dense products",
+        "MxD": "**MxD**",
+        "floor": "its gate's product forward and its decoder branch alone",
+        "transcoder": "**TopK transcoder** of as many parameters",
+        "eai-sparsify transcoder": "eai-sparsify's transcoder",
+        "sae-lens TopK SAE": "SAELens' TopK SAE",
+    }
+    rows = [
+        [title, f"{gpt2[name].forward_backward.median:.2f}", f"{gpt2[name].peak_bytes / 1e6:,.0f}"]
+        for name, title in names.items()
+    ]
+    return table(["", "forward + backward, s", "peak above weights, MB"], rows)
+
+
+def inference_table() -> str:
+    """SmolLM2 with a layer in an MLP's place, tokens per second."""
+    speeds = vars(read(RESULTS / "train-step" / "inference.json").tokens_per_second)
+    return table(["", "tokens per second"], ([name, f"{speed.median:.0f}"] for name, speed in speeds.items()))
+
+
+def ablation_table() -> str:
+    """The MLPs of SmolLM2-135M that cost most when they are lost."""
+    layers = sorted(ablation.layers, key=lambda layer: -layer.zero)[:7]
+    rows = ([str(layer.layer), f"{layer.zero:.2f}", f"{layer.mean:.2f}"] for layer in layers)
+    return table(["layer", "zero ablated, nats", "mean ablated, nats"], rows)
+
+
+def results_list() -> str:
+    """The pages of results/, with their titles."""
+    pages = sorted(RESULTS.glob("*/README.md"))
+    titles = [page.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ") for page in pages]
+    return "\n".join(
+        f"- [{title}](results/{page.parent.name}/README.md)"
+        for title, page in zip(titles, pages, strict=True)
+    )
+
+
+def compatibility_table() -> str:
+    """The oldest and newest versions that the tests run with."""
+    newest, oldest = (
+        dict(line.split("==") for line in (ROOT / name).read_text().splitlines() if "==" in line)
+        for name in ("constraints.txt", "constraints-lowest.txt")
+    )
+    needed = re.search(r"^dependencies = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S)
+    rows = []
+    for name, asked in re.findall(r'"([\w-]+)([^"]*)"', needed[1] if needed else ""):
+        versions = [version_of(name, pinned) for pinned in (oldest, newest)]
+        rows.append([f"`{name}`", f"`{asked}`", *versions])
+    return table(["package", "asked for", "oldest tested", "newest tested"], rows)
+
+
+def version_of(name: str, pinned: dict[str, str]) -> str:
+    """The version of a package among pins, however its name is written there."""
+
+    def plain(written: str) -> str:
+        return written.lower().replace("_", "-")
+
+    return {plain(other): version for other, version in pinned.items()}.get(plain(name), "not pinned")
+
+
+layer12 = read(RESULTS / "smollm2-135m-layer12" / "report.json")
+mxd11, transcoder11 = bundled("smollm2-135m-mxd"), bundled("smollm2-135m-transcoder")
+frontier = Frontier(layer=12, text="WikiText-2")
+gpt2 = {result.name: result for result in read(RESULTS / "train-step" / "gpt2.json").results}
+ablation = read(RESULTS / "smollm2-135m-ablation" / "ablation.json")
+ratio11 = mxd11.wikitext.normalized_mse / transcoder11.wikitext.normalized_mse
+tables = SimpleNamespace(
+    bundled=bundled_table(),
+    frontier=frontier.table,
+    train_step=train_step_table(),
+    inference=inference_table(),
+    ablation=ablation_table(),
+    compatibility=compatibility_table(),
+    results=results_list(),
+)
+NAMES = {
+    name: globals()[name]
+    for name in ("layer12", "mxd11", "transcoder11", "ratio11", "frontier", "gpt2", "ablation", "tables")
+}
+
+
+def pages() -> list[Path]:
+    """The pages whose numbers are read from results/."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def updated(text: str) -> str:
+    """The page with every marked number as its file has it."""
+
+    def write(mark: re.Match[str]) -> str:
+        value = mark[1].format(**NAMES)
+        return f"<!-- {mark[1]} -->" + (f"\n\n{value}\n\n" if "\n" in value else value) + "<!-- -->"
+
+    return MARK.sub(write, text)
+
+
+def typed_numbers(text: str) -> list[str]:
+    """Lines of prose with a decimal number or a percentage that no mark holds."""
+
+    def blank(found: re.Match[str]) -> str:
+        return "\n" * found[0].count("\n")
+
+    prose = NOT_PROSE.sub(blank, MARK.sub(blank, text))
+    return [
+        line.strip()
+        for line in prose.splitlines()
+        if any(not VERSION.search(line[: found.start()]) for found in DECIMAL.finditer(line))
+    ]
+
+
+def problems() -> Iterator[str]:
+    """What is wrong with the pages, a line each."""
+    for page in pages():
+        text, name = page.read_text(encoding="utf-8"), page.relative_to(ROOT)
+        if not text.count("<!-- {") == text.count("<!-- -->") == len(MARK.findall(text)):
+            yield f"{name}: a mark has no value or no end."
+        for line in re.findall(r"^<!-- \{[^}]+\} -->.+$", text, re.MULTILINE):
+            yield f"{name}: a line begins with a mark, which Markdown takes for a block of HTML: {line}"
+        for mark in MARK.finditer(text):
+            if (value := mark[1].format(**NAMES)) != mark[2].strip():
+                yield f"{name}: {mark[1]} is {value}, the page says {mark[2].strip()}."
+        yield from (
+            f"{name}: a number that is not read from results/: {line}" for line in typed_numbers(text)
+        )
+
+
+def main() -> int:
+    """Checks the pages, or writes their numbers."""
+    if "--check" in sys.argv[1:]:
+        found = list(problems())
+        sys.stderr.writelines(f"{line}\n" for line in found)
+        return 1 if found else 0
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        if (new := updated(text)) != text:
+            page.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
