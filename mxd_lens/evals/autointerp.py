@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from mxd_lens.evals.endpoint import ChatEndpoint
 from mxd_lens.evals.passages import MARKS, ExpertPassages, Passage, read_passages
-from mxd_lens.tables import printable
+from mxd_lens.tables import Printable, printable
 from mxd_lens.training.runner import then_and_now, write_json
 
 AUTOINTERP_FILENAME = "autointerp.json"
@@ -243,7 +243,7 @@ class Interpretation:
 
 
 @dataclass
-class Autointerp:
+class Autointerp(Printable):
     """What `autointerp` found."""
 
     settings: dict[str, Any]
