@@ -51,8 +51,9 @@ DESCRIPTIONS = (
         3245,
         "What one loses",
         "Fires at the possessive after a form of “to lose”, and makes the things that idiom lets one lose "
-        "more likely: way, mind, temper, cool, footing. It does not fire at “lost” itself, and hardly at "
-        "possessives elsewhere: it waits until the object is due.",
+        "more likely: way, temper, mind, cool, faith. After other verbs of having and changing (change, "
+        "earn, keep) it fires too, more weakly. It does not fire at “lost” itself: it waits until the "
+        "object is due.",
         lambda before, token: (
             token.strip() in {"my", "your", "his", "her", "its", "our", "their"}
             and re.search(r"\b(lose|loses|lost|losing)\s*$", before) is not None
@@ -67,9 +68,9 @@ DESCRIPTIONS = (
     Description(
         2802,
         "What one refuses to do",
-        "Fires at “to” after “refuse”, and moves the prediction from the bare “do” to verbs of giving in "
-        "and speaking up: resign, leave, step (down), say, answer. Weakly also at “will”, “won't” and "
-        "“would not”.",
+        "Fires at “to” after “refuse”, and moves the prediction from the bare “do” to what people refuse to "
+        "do: resign, leave, answer, say, pay, sign. All firings above 1.4 on these texts are of this kind; a "
+        "long tail of weak ones lies at “will”.",
         lambda before, token: (
             token.strip() == "to" and re.search(r"\b[Rr]efus(e|es|ed|ing|al)\s*$", before) is not None
         ),
@@ -84,8 +85,9 @@ DESCRIPTIONS = (
         763,
         "The day of the month",
         "Fires at the last digit of a day after a month's name, and makes the suffix that turns it into an "
-        "ordinal more likely: “st” after 31, “nd” after 22, “th” after 29. One expert, and what it writes "
-        "depends on the token it fires at: its output is c_n * (D^T z), and c_n alone has no direction.",
+        "ordinal more likely: “st” after 31, “nd” after 22, “th” after 29. It writes nearly the same each "
+        "time (see the cosine below), so which suffix it becomes is settled by later layers, which know the "
+        "digit.",
         lambda before, token: token.isdigit() and re.search(rf"({MONTHS})\s*[1-3]?\s*$", before) is not None,
         "a digit directly after a month's name, or after it and a first digit 1, 2 or 3",
         ("The pension year ended December 31", "She was born on May 22", "It rained on October 29"),
@@ -254,7 +256,9 @@ def html(description: Description, found: Evidence) -> str:
         for a, before, token, after in found.contexts
     )
     neurons = ", ".join(f"{n} ({cosine:+.2f})" for n, cosine in found.neurons)
-    tables = "".join(NextTokens(prompt)._repr_html_() for prompt in found.prompts)
+    tables = "".join(
+        f'<div style="margin: 1.4rem 0">{NextTokens(prompt)._repr_html_()}</div>' for prompt in found.prompts
+    )
     promoted, suppressed = (", ".join(map(repr, words)) for words in (found.promoted, found.suppressed))
     return f"""<h2>Expert {found.expert}: {escape(description.title)}</h2>
 <p>{escape(description.words)}</p>

@@ -5,8 +5,11 @@ import plotly.graph_objects as go
 from mxd_lens.dashboards.page import BLUE, GREY, RED, style
 from mxd_lens.paths import PathGraph, Vertex
 
-HEIGHTS = {"embedding": -1.0, "head": -0.4, "attention bias": -0.4}
-"""Of parts, relative to the MLP of their block; the embedding lies below block 0."""
+BELOW_MLP = {"embedding", "head", "attention bias"}
+"""Parts that lie below the MLP of their block; the embedding lies below them all."""
+COLUMNS = {"head": (0.2, 0.46), "mlp": (0.5, 0.6), "embedding": (0.5, 0.6), "expert": (0.64, 1.0)}
+OTHER_COLUMN = (0.0, 0.16)
+"""Where a figure's width has which parts; biases, skip connections and errors are the others."""
 
 
 def path_figure(graph: PathGraph, n_paths: int = 16) -> go.Figure:
@@ -54,23 +57,27 @@ def path_figure(graph: PathGraph, n_paths: int = 16) -> go.Figure:
         hovertemplate="%{customdata[0]}: %{customdata[1]:+.3g}<extra></extra>",
         name="parts",
     )
-    levels = sorted({v.layer for v in vertices if v.layer is not None})
-    style(figure, max(380, 70 * (len({y for _, y in at.values()}) + 2)))
+    rows = {
+        y: "tokens" if v.layer is None else f"{v.layer}{', attention' if v.part in BELOW_MLP else ''}"
+        for v, (_, y) in at.items()
+    }
+    style(figure, 150 + 52 * len(rows))
     figure.update_xaxes(visible=False, range=[-0.08, 1.08])
     figure.update_yaxes(
-        tickvals=[-1, *levels] if any(v.layer is None for v in vertices) else levels,
-        ticktext=["tokens", *map(str, levels)] if any(v.layer is None for v in vertices) else levels,
-        title_text="layer",
+        tickvals=list(rows), ticktext=list(rows.values()), range=[-0.7, len(rows)], title_text="layer"
     )
     return figure
 
 
 def places(vertices: list[Vertex]) -> dict[Vertex, tuple[float, float]]:
-    """Where vertices lie: those of one height side by side, in the order given, which is by strength."""
-    heights = {v: (v.layer or 0) + HEIGHTS.get(v.part, 0.0) for v in vertices}
-    at = {}
-    for height in set(heights.values()):
-        beside = [v for v in vertices if heights[v] == height]
-        for i, vertex in enumerate(beside):
-            at[vertex] = (i + 1) / (len(beside) + 1), height
-    return at
+    """Where vertices lie: a row for each block's attention and for each MLP that has any, in their order."""
+    rows = [(-1 if v.layer is None else v.layer, v.part not in BELOW_MLP) for v in vertices]
+    heights = {row: y for y, row in enumerate(sorted(set(rows)))}
+    beside: dict[tuple[int, tuple[float, float]], list[Vertex]] = {}
+    for vertex, row in zip(vertices, rows, strict=True):
+        beside.setdefault((heights[row], COLUMNS.get(vertex.part, OTHER_COLUMN)), []).append(vertex)
+    return {
+        vertex: (left + (right - left) * (i + 0.5) / len(of_it), float(y))
+        for (y, (left, right)), of_it in beside.items()
+        for i, vertex in enumerate(of_it)
+    }
