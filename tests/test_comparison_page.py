@@ -255,6 +255,7 @@ def browser(tmp_path):
 def test_the_page_in_a_browser(hostile, browser, width, scheme, tmp_path):
     file = write_comparison_page(tmp_path / "p.html", hostile)
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page.set_default_timeout(240_000)
     faults: list[str] = []
     page.on("console", lambda message: faults.append(message.text))
     page.on("pageerror", lambda error: faults.append(str(error)))
