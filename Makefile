@@ -18,7 +18,7 @@ TOOLS_PIP := $(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-ch
 	--constraint constraints.txt
 TOOLS_TESTS := tests/test_sae_dashboard.py tests/test_saebench.py
 
-.PHONY: demo test test-lowest test-tools check format clean
+.PHONY: demo test test-lowest test-tools tutorials check format clean
 
 demo: $(INSTALLED)
 	$(BIN)/mxd-lens demo
@@ -31,6 +31,10 @@ test-lowest: $(LOWEST)/.installed
 
 test-tools: $(TOOLS)/.installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(TOOLS)/bin/python -m pytest -n auto --dist loadfile $(TOOLS_TESTS)
+
+# Runs the notebooks and saves them with what they show; needs Chrome or Chromium for the pictures.
+tutorials: $(INSTALLED)
+	$(BIN)/python tutorials/execute.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
