@@ -24,7 +24,7 @@ PACKAGE_PIP := $(PACKAGE)/bin/python -m pip install --quiet --disable-pip-versio
 # Mkdocs prints an advertisement otherwise.
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
-.PHONY: demo test test-lowest test-tools check docs docs-check numbers package format clean
+.PHONY: demo test test-lowest test-tools tutorials check docs docs-check numbers package format clean
 
 demo: $(INSTALLED)
 	$(BIN)/mxd-lens demo
@@ -37,6 +37,10 @@ test-lowest: $(LOWEST)/.installed
 
 test-tools: $(TOOLS)/.installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(TOOLS)/bin/python -m pytest -n auto --dist loadfile $(TOOLS_TESTS)
+
+# Runs the notebooks and saves them with what they show; needs Chrome or Chromium for the pictures.
+tutorials: $(INSTALLED)
+	$(BIN)/python tutorials/execute.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
