@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from statistics import mean
 from types import SimpleNamespace
 from typing import Any
 
@@ -62,22 +63,29 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 class Frontier:
-    """results/frontier-smollm2-135m: reports by architecture and K, of one layer on one text."""
+    """results/frontier-smollm2-135m: reports by architecture and K, of one layer on one text.
+
+    Where several seeds were trained, a report is their mean.
+    """
 
     titles = {  # noqa: RUF012
         "topk_transcoder": "transcoder",
         "mxd": "MxD",
         "skip_mxd": "SkipMxD",
         "topk_skip_transcoder": "skip transcoder",
+        "topk_sae": "SAE of the output",
     }
 
     def __init__(self, layer: int, text: str) -> None:
         sweep = read(RESULTS / "frontier-smollm2-135m" / "frontier.json")
         self.settings = sweep.settings
-        self.points: dict[str, dict[int, Report]] = {}
+        self.seeds: dict[str, dict[int, list[Report]]] = {}
         for point in sweep.points:
             if point.layer == layer and (report := getattr(point.reports, text, None)):
-                self.points.setdefault(point.architecture, {})[point.k] = report
+                self.seeds.setdefault(point.architecture, {}).setdefault(point.k, []).append(report)
+        self.points = {
+            name: {k: mean_of(reports) for k, reports in by_k.items()} for name, by_k in self.seeds.items()
+        }
 
     def __getattr__(self, name: str) -> SimpleNamespace:
         """The reports of an architecture: `frontier.mxd.k32`."""
@@ -93,15 +101,37 @@ class Frontier:
     @property
     def table(self) -> str:
         found = {name: title for name, title in self.titles.items() if name in self.points}
-        ks = sorted(set.intersection(*(set(self.points[name]) for name in found)))
+        ks = sorted(set.union(*(set(self.points[name]) for name in found)))
         return table(
             ["K", *found.values()],
-            ([str(k), *(self._cell(self.points[name][k]) for name in found)] for k in ks),
+            ([str(k), *(self._cell(self.points[name].get(k)) for name in found)] for k in ks),
         )
 
     @staticmethod
-    def _cell(report: Report) -> str:
+    def _cell(report: Report | None) -> str:
+        if report is None:
+            return "–"
         return f"{report.normalized_mse:.3f} ({report.feature_share:.2f}), {report.added_loss:+.3f}"
+
+    @property
+    def spread(self) -> str:
+        """A table of what was trained from several seeds: the mean, the least and the most."""
+        quantities = ("normalized_mse", "feature_share", "added_loss")
+        rows = []
+        for name, title in self.titles.items():
+            for k, reports in sorted(self.seeds.get(name, {}).items()):
+                if len(reports) > 1:
+                    values = [[getattr(report, quantity) for report in reports] for quantity in quantities]
+                    cells = [f"{mean(v):.3f} ({min(v):.3f} to {max(v):.3f})" for v in values]
+                    rows.append([title, str(k), str(len(reports)), *cells])
+        return table(["", "K", "seeds", "normalised MSE", "feature share", "cross-entropy +"], rows)
+
+
+def mean_of(reports: list[Report]) -> Report:
+    """The mean of every number in some reports; what is no number is the first one's."""
+    first = vars(reports[0])
+    numbers = (name for name, value in first.items() if isinstance(value, float))
+    return Report(**first | {name: mean(getattr(report, name) for report in reports) for name in numbers})
 
 
 def bundled(release: str, sae_id: str = "blocks.11.mlp") -> SimpleNamespace:

@@ -171,19 +171,11 @@ def evaluate(
     from sae_lens import SAE
 
     from mxd_lens import evaluate, load_model
-    from mxd_lens.training.text import load_text, token_sequences
 
     with errors_for_people():
         sae = SAE.load_from_disk(layer, device=device)
-        metadata = sae.cfg.metadata
-        language_model = load_model(model or metadata.model_name, device)
-        tokens = token_sequences(
-            language_model,
-            load_text(text).skip(skip),
-            sequences,
-            metadata.context_size or 128,
-            prepend_bos=metadata.prepend_bos is not False,
-        )
+        language_model = load_model(model or sae.cfg.metadata.model_name, device)
+        tokens = read_as_trained(sae, language_model, text, skip, sequences)
         report = evaluate(sae, language_model, tokens.to(device))
         if json is not None:
             report.save(json)
@@ -219,7 +211,6 @@ def carry(
     from mxd_lens.dashboards.carry_page import write_carry_page
     from mxd_lens.evals.carry import save_carry, what_experts_carry
     from mxd_lens.evals.stability import stability
-    from mxd_lens.training.text import load_text, token_sequences
 
     with errors_for_people():
         if again and len(layers) > 1:
@@ -227,15 +218,9 @@ def carry(
         saes = {layer.name: SAE.load_from_disk(layer, device=device) for layer in layers}
         if len(saes) < len(layers):
             raise ValueError("Two of the folders have the same name, which the page would mix up.")
-        metadata = next(iter(saes.values())).cfg.metadata
-        language_model = load_model(model or metadata.model_name, device)
-        tokens = token_sequences(
-            language_model,
-            load_text(text).skip(skip),
-            sequences,
-            metadata.context_size or 128,
-            prepend_bos=metadata.prepend_bos is not False,
-        ).to(device)
+        first = next(iter(saes.values()))
+        language_model = load_model(model or first.cfg.metadata.model_name, device)
+        tokens = read_as_trained(first, language_model, text, skip, sequences).to(device)
         reports = what_experts_carry(saes, language_model, tokens, judged)
         if again:
             seeds = {str(folder): SAE.load_from_disk(folder, device=device) for folder in again}
@@ -326,7 +311,6 @@ def compare(
     from mxd_lens import load_model
     from mxd_lens.dashboards.comparison import compare
     from mxd_lens.dashboards.comparison_page import write_comparison_page
-    from mxd_lens.training.text import load_text, token_sequences
 
     with errors_for_people():
         saes = dict(named_layer(layer, device) for layer in layers)
@@ -334,13 +318,11 @@ def compare(
             raise ValueError(
                 f"two of these layers have one name: write NAME=FOLDER. Got {', '.join(layers)}."
             )
-        metadata = next(iter(saes.values())).cfg.metadata
-        language_model = load_model(model or metadata.model_name, device)
+        first = next(iter(saes.values()))
+        language_model = load_model(model or first.cfg.metadata.model_name, device)
         tokens = None
         if text != "prompt":
-            tokens = token_sequences(
-                language_model, load_text(text), sequences, prepend_bos=metadata.prepend_bos is not False
-            )
+            tokens = read_as_trained(first, language_model, text, 0, sequences)
         comparison = compare(language_model, saes, prompt, tokens, k, predictions)
         page = write_comparison_page(output, comparison)
     Console().print(comparison)
@@ -367,19 +349,11 @@ def dashboard(
     """Write pages about a layer's experts: where they fire, what they promote, what they are good for."""
     from mxd_lens import build_dashboard, load_model
     from mxd_lens.dashboards.data import CollectionConfig
-    from mxd_lens.training.text import load_text, token_sequences
 
     with errors_for_people():
         sae, source = load_layer(layer, sae_id, device)
-        metadata = sae.cfg.metadata
-        language_model = load_model(model or metadata.model_name, device)
-        tokens = token_sequences(
-            language_model,
-            load_text(text).skip(skip),
-            sequences,
-            metadata.context_size or 128,
-            prepend_bos=metadata.prepend_bos is not False,
-        )
+        language_model = load_model(model or sae.cfg.metadata.model_name, device)
+        tokens = read_as_trained(sae, language_model, text, skip, sequences)
         try:
             index = build_dashboard(
                 sae,
@@ -561,6 +535,20 @@ def named_layer(given: str, device: str) -> tuple[str, Any]:
         release, sae_id = where, ""
     layer, _ = load_layer(release, sae_id, device, "a layer of a release is RELEASE:SAE_ID.")
     return name or Path(where).name, layer
+
+
+def read_as_trained(sae: Any, model: Any, text: str, skip: int, sequences: int) -> Any:
+    """Token sequences of a text, of the length the layer was trained on, and with BOS where it had it."""
+    from mxd_lens.training.text import load_text, token_sequences
+
+    metadata = sae.cfg.metadata
+    return token_sequences(
+        model,
+        load_text(text).skip(skip),
+        sequences,
+        metadata.context_size or 128,
+        prepend_bos=metadata.prepend_bos is not False,
+    )
 
 
 def integers(text: str) -> list[int]:

@@ -72,7 +72,7 @@ def spectrum(
     for an expert. The rank of W_n is that of D wherever no entry of c_n is zero: experts are of full rank.
 
     A transcoder's feature writes a_n c_n, whatever the token: as a map from its coefficient it is the one
-    row c_n, of rank 1 and singular value ||c_n||.
+    row c_n, of rank 1 and singular value ||c_n||. So does an expert of a layer that is neither, where v is 1.
 
     Args:
         sae: the layer.

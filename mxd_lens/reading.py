@@ -7,7 +7,7 @@ W_skip x where there is one.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,7 +19,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mxd_lens.architectures.base import EncodedInputs, PairedTranscoder
-from mxd_lens.architectures.mxd import MxD
 from mxd_lens.hooks import check_trained_on, hook_names
 from mxd_lens.models import equivalent_hook_names, hook_point_name
 from mxd_lens.tables import Cell, Tabular, percent
@@ -57,17 +56,49 @@ class Parts(NamedTuple):
     @property
     def mixture(self) -> Float[Tensor, "tokens d_out"]:
         """C^T a."""
-        token_of, expert, coefficient = self.fired
         mixture = self.directions.new_zeros(len(self.coefficients), self.directions.shape[1])
-        for block in torch.arange(len(token_of), device=token_of.device).split(ENTRIES):
-            rows = coefficient[block, None] * self.directions[expert[block]]
-            mixture.index_add_(0, token_of[block], rows)
+        for token_of, rows in self._rows:
+            mixture.index_add_(0, token_of, rows)
         return mixture
 
     @property
     def output(self) -> Float[Tensor, "tokens d_out"]:
         """y - b."""
         return self.mixture * self.decoder_out + (0 if self.skip is None else self.skip)
+
+    @property
+    def rest(self) -> Float[Tensor, "tokens d_out"]:
+        """skip + b, what the layer writes without its experts."""
+        return self.bias.expand(len(self.coefficients), -1) if self.skip is None else self.skip + self.bias
+
+    def dense(self, gate: Float[Tensor, " d_out"]) -> Float[Tensor, "tokens d_out"]:
+        """gate * v + skip + b: the layer with the same gate at every token in the place of C^T a."""
+        return gate * self.decoder_out + self.rest
+
+    def norms(self) -> Float[Tensor, "tokens n"]:
+        """||a_n c_n * v||, the length of each contribution; 0 where fewer than n experts are active."""
+        return self._of_fired((rows * self.decoder_out[t]).norm(dim=-1) for t, rows in self._rows)
+
+    def dots(self, y: Float[Tensor, "tokens d_out"]) -> Float[Tensor, "tokens n"]:
+        """<a_n c_n * v, y>, how far each contribution goes along a vector a token; 0 where none is active."""
+        along = self.decoder_out * y
+        return self._of_fired((rows * along[t]).sum(-1) for t, rows in self._rows)
+
+    def largest(self, shares: Float[Tensor, "tokens n"], k: int) -> Int[Tensor, "tokens k"]:
+        """Where a token's k largest shares by magnitude stand, active experts first; all of fewer than k."""
+        order = shares.abs().nan_to_num().masked_fill(self.coefficients == 0, -1)
+        return order.argsort(-1, descending=True)[:, :k]
+
+    @property
+    def _rows(self) -> Iterator[tuple[Int[Tensor, " block"], Float[Tensor, "block d_out"]]]:
+        """Tokens and a_n c_n, for some of `fired` at a time."""
+        for token_of, expert, a in zip(*(part.split(ENTRIES) for part in self.fired), strict=True):
+            yield token_of, a[:, None] * self.directions[expert]
+
+    def _of_fired(self, blocks: Iterable[Float[Tensor, " block"]]) -> Float[Tensor, "tokens n"]:
+        values = torch.zeros_like(self.coefficients)
+        values[self.coefficients != 0] = torch.cat([values.new_zeros(0), *blocks])
+        return values
 
 
 def take_apart(sae: SAE[Any], x: Float[Tensor, "tokens d_in"]) -> Parts:
@@ -86,7 +117,7 @@ def take_apart(sae: SAE[Any], x: Float[Tensor, "tokens d_in"]) -> Parts:
     x = x.to(sae.W_dec)
     directions = expert_directions(sae)
     coefficients, experts = active_experts(sae, x)
-    decoder_out = sae.hidden(x) @ sae.W_out if isinstance(sae, MxD) else x.new_ones(len(x), 1)
+    decoder_out = sae.decoder_out(x) if isinstance(sae, PairedTranscoder) else x.new_ones(len(x), 1)
     skip = x @ sae.W_skip.T if hasattr(sae, "W_skip") else None
     return Parts(coefficients, experts, directions, decoder_out, skip, sae.b_dec)
 
@@ -205,15 +236,33 @@ def layer_input(
     """
     check_trained_on(sae, model)
     name = input_hook(sae, model)
-    captured: list[Tensor] = []
+    return run_to(model, tokens, [name])[name].to(sae.W_dec)
+
+
+@torch.no_grad()
+def run_to(
+    model: Any, tokens: Int[Tensor, "sequences positions"], hooks: Collection[str]
+) -> dict[str, Float[Tensor, "sequences positions d"]]:
+    """The activations at some hook points; the model runs up to the last of them.
+
+    Raises:
+        ValueError: one of them does not fire.
+    """
+    captured: dict[str, Tensor] = {}
+
+    def capturing(name: str) -> Any:
+        return name, lambda x, hook: captured.__setitem__(name, x)  # noqa: ARG005
+
+    stops = [extract_stop_at_layer_from_tlens_hook_name(name) for name in hooks]
     model.run_with_hooks(
         tokens.to(model.cfg.device),
-        stop_at_layer=extract_stop_at_layer_from_tlens_hook_name(name),
-        fwd_hooks=[(name, lambda x, hook: captured.append(x))],  # noqa: ARG005
+        stop_at_layer=None if None in stops else max(stop for stop in stops if stop is not None),
+        fwd_hooks=[capturing(name) for name in hooks],
     )
-    if not captured:
-        raise ValueError(f"{name} did not fire: this model does not run the hook point this layer reads.")
-    return captured[0].to(sae.W_dec)
+    for name in hooks:
+        if name not in captured:
+            raise ValueError(f"{name} did not fire: this model does not run the hook point a layer reads.")
+    return captured
 
 
 def kept_inputs(
@@ -230,10 +279,17 @@ def kept_inputs(
     """
     if tokens.ndim != 2 or tokens.is_floating_point():
         raise ValueError(f"tokens must be ids [sequences, positions], got {tuple(tokens.shape)}.")
-    excluded = torch.tensor(special_token_ids(model, sae.cfg.metadata.exclude_special_tokens))
     for batch in tqdm(tokens.split(batch_size), desc="Reading experts", disable=not progress):
         x = layer_input(sae, model, batch)
-        yield x[~torch.isin(batch, excluded.to(batch)).to(x.device)]
+        yield x[kept_tokens(sae, model, batch).to(x.device)]
+
+
+def kept_tokens(
+    sae: SAE[Any], model: Any, tokens: Int[Tensor, "*batch positions"]
+) -> Bool[Tensor, "*batch positions"]:
+    """The tokens that the layer's training did not exclude."""
+    excluded = special_token_ids(model, sae.cfg.metadata.exclude_special_tokens)
+    return ~torch.isin(tokens, torch.tensor(excluded).to(tokens))
 
 
 def input_hook(sae: SAE[Any], model: Any) -> str:
@@ -362,51 +418,28 @@ def top_experts(model: Any, sae: SAE[Any], prompt: str | Int[Tensor, " positions
     parts = take_apart(sae, layer_input(sae, model, tokens[None])[0])
     output = parts.output
     squared = output.pow(2).sum(-1)
-    along = (parts.decoder_out * output).expand_as(output)
-    token_of, expert, a = parts.fired
-    dots, norms = torch.zeros_like(parts.coefficients), torch.zeros_like(parts.coefficients)
-    fired = parts.coefficients != 0
-    dots[fired], norms[fired] = dot_and_norm(parts, token_of, expert, a, along)
-    shares = dots / squared.unsqueeze(-1)
-    top = min(k, shares.shape[1])
-    order = shares.abs().masked_fill(~fired, -1).nan_to_num().argsort(-1, descending=True)[:, :top]
+    shares = parts.dots(output) / squared.unsqueeze(-1)
+    order = parts.largest(shares, k)
     skip_shares = skip_norms = None
     if parts.skip is not None:
         skip_shares, skip_norms = (parts.skip * output).sum(-1) / squared, parts.skip.norm(dim=-1).cpu()
         skip_shares = skip_shares.cpu()
     top_shares = shares.gather(1, order)
-    excluded = special_token_ids(model, sae.cfg.metadata.exclude_special_tokens)
     return Reading(
         tokens=[model.tokenizer.decode([t]) for t in tokens.tolist()],
         experts=parts.experts.gather(1, order).cpu(),
         coefficients=parts.coefficients.gather(1, order).cpu(),
         shares=top_shares.cpu(),
-        norms=norms.gather(1, order).cpu(),
+        norms=parts.norms().gather(1, order).cpu(),
         other_shares=(shares.sum(-1) - top_shares.sum(-1)).cpu(),
         skip_shares=skip_shares,
         skip_norms=skip_norms,
         output_norms=squared.sqrt().cpu(),
         bias_norm=parts.bias.norm().item(),
-        n_active=fired.sum(-1).cpu(),
-        excluded=torch.isin(tokens, torch.tensor(excluded).to(tokens)).cpu(),
+        n_active=(parts.coefficients != 0).sum(-1).cpu(),
+        excluded=~kept_tokens(sae, model, tokens).cpu(),
         hook_name_out=hook_names(sae)[1],
     )
-
-
-def dot_and_norm(
-    parts: Parts,
-    token_of: Int[Tensor, " fired"],
-    expert: Int[Tensor, " fired"],
-    a: Float[Tensor, " fired"],
-    along: Float[Tensor, "tokens d_out"],
-) -> tuple[Float[Tensor, " fired"], Float[Tensor, " fired"]]:
-    """a_n <c_n, along> and the norm of a_n c_n * v, for every entry of `parts.fired`."""
-    dots, norms = torch.empty_like(a), torch.empty_like(a)
-    for block in torch.arange(len(a), device=a.device).split(ENTRIES):
-        rows = a[block, None] * parts.directions[expert[block]]
-        dots[block] = (rows * along[token_of[block]]).sum(-1)
-        norms[block] = (rows * parts.decoder_out[token_of[block]]).norm(dim=-1)
-    return dots, norms
 
 
 def one_prompt(model: Any, prompt: str | Int[Tensor, " positions"]) -> Int[Tensor, " positions"]:

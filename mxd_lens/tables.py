@@ -28,6 +28,9 @@ class Printable:
             console.print(self)
         return written.get().rstrip("\n")
 
+    def _repr_html_(self) -> str:
+        return self.__rich__()._repr_mimebundle_(["text/html"], [])["text/html"]
+
 
 class Tabular(Printable):
     """A result that prints as a table.

@@ -34,12 +34,22 @@ from mxd_lens.models import SMOLLM2
 from mxd_lens.reading import contributions, layer_input, take_apart
 
 D_SAE = 40
+
+
+class CosineMixture(TopKTranscoder):
+    """A formula of somebody's own, neither MxD nor transcoder: y = (C^T a) * cos(x) + b."""
+
+    def decoder_out(self, x: torch.Tensor) -> torch.Tensor:
+        return x.cos()
+
+
 OURS = {
     "mxd": (MxD, MxDConfig, {"d_hidden": 24}),
     "gated mxd": (MxD, MxDConfig, {"d_hidden": 24, "hidden_activation": "silu", "gated": True}),
     "skip_mxd": (SkipMxD, SkipMxDConfig, {"d_hidden": 24}),
     "topk_transcoder": (TopKTranscoder, TopKTranscoderConfig, {}),
     "topk_skip_transcoder": (TopKSkipTranscoder, TopKSkipTranscoderConfig, {}),
+    "own formula": (CosineMixture, TopKTranscoderConfig, {}),
 }
 SAELENS_TRANSCODERS = {
     "saelens transcoder": (Transcoder, TranscoderConfig),
@@ -99,6 +109,8 @@ def written_by(sae, x: torch.Tensor, n: int) -> torch.Tensor:
     row = sae.W_dec[n]
     if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
         row = row / row.norm()
+    if isinstance(sae, CosineMixture):
+        row = row * x.cos()
     return a * row
 
 

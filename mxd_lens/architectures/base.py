@@ -183,9 +183,10 @@ class EncodedInputs:
 
 
 class PairedTranscoder(Transcoder):
-    """A layer y = mix(C^T a, x), a = TopK_k(relu(x W_enc + b_enc)), C = W_dec.
+    """A layer y = (C^T a) * v(x) + b, a = TopK_k(relu(x W_enc + b_enc)), C = W_dec; '*' elementwise.
 
-    Subclasses give `mix`. Any leading shape. Hook points keep SAELens' meaning:
+    v is 1, which makes it a transcoder; subclasses that multiply with something else give `decoder_out`,
+    and what else is added is `WithSkip`. Any leading shape. Hook points keep SAELens' meaning:
     hook_sae_input (x), hook_sae_acts_pre, hook_sae_acts_post (a), hook_sae_recons (y);
     hook_expert_out is the part of y that the experts make, before biases and skip connections.
     """
@@ -205,8 +206,15 @@ class PairedTranscoder(Transcoder):
     def mix(
         self, mixture: Float[Tensor, "*batch d_out"], x: Float[Tensor, "*batch d_in"]
     ) -> Float[Tensor, "*batch d_out"]:
-        """The layer's output from the sparse part C^T a and the input x."""
-        raise NotImplementedError
+        """The layer's output from the sparse part C^T a and the input x: (C^T a) * v(x) + b."""
+        return self.hook_expert_out(mixture * self.decoder_out(x)) + self.b_dec
+
+    def decoder_out(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out_or_1"]:
+        """v, what the mixture of a token is multiplied with: D^T z for an MxD, 1 for a transcoder.
+
+        What takes a layer apart into its experts asks for it too, so that it must be all that multiplies.
+        """
+        return x.new_ones(*x.shape[:-1], 1)
 
     @override
     def get_activation_fn(self) -> nn.Module:

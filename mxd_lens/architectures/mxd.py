@@ -140,12 +140,9 @@ class MxD(PairedTranscoder):
         return self.hook_hidden_post(gate * self.hook_hidden_linear(linear))
 
     @override
-    def mix(
-        self, mixture: Float[Tensor, "*batch d_out"], x: Float[Tensor, "*batch d_in"]
-    ) -> Float[Tensor, "*batch d_out"]:
-        """(C^T a) * (D^T z) + b."""
-        decoder_out = self.hook_decoder_out(self.hidden(x) @ self.W_out)
-        return self.hook_expert_out(mixture * decoder_out) + self.b_dec
+    def decoder_out(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        """D^T z."""
+        return self.hook_decoder_out(self.hidden(x) @ self.W_out)
 
     def expert_weight(self, n: int) -> Float[Tensor, "d_hidden d_out"]:
         """W_n = D diag(c_n): expert n's linear map from z to the output.

@@ -6,8 +6,6 @@ y = C^T a + b                        every feature is one direction [d_out]
 
 from dataclasses import dataclass
 
-from jaxtyping import Float
-from torch import Tensor
 from typing_extensions import override
 
 from mxd_lens.architectures.base import (
@@ -36,13 +34,6 @@ class TopKTranscoder(PairedTranscoder):
     """
 
     cfg: TopKTranscoderConfig
-
-    @override
-    def mix(
-        self, mixture: Float[Tensor, "*batch d_out"], x: Float[Tensor, "*batch d_in"]
-    ) -> Float[Tensor, "*batch d_out"]:
-        """C^T a + b."""
-        return self.hook_expert_out(mixture) + self.b_dec
 
 
 @dataclass(kw_only=True)

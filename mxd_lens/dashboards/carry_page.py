@@ -7,7 +7,17 @@ from pathlib import Path
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from mxd_lens.dashboards.page import BLUE, COLOURS, GREY, ORANGE, RED, style, write_page
+from mxd_lens.dashboards.page import (
+    BLUE,
+    COLOURS,
+    GREY,
+    ORANGE,
+    RED,
+    facts_table,
+    style,
+    write_page,
+    write_png,
+)
 from mxd_lens.evals.carry import CarryReport
 from mxd_lens.evals.token_information import BINS, ExampleExpert
 from mxd_lens.tables import percent, printable
@@ -32,9 +42,6 @@ def write_carry_page(path: str | Path, reports: Reports, notes: Mapping[str, str
     if not reports:
         raise ValueError("There is no report to make a page of.")
     first = next(iter(reports.values())).faithfulness
-    facts = "".join(
-        f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in (notes or {}).items()
-    )
     return write_page(
         path,
         f"What the experts carry: {', '.join(reports)}",
@@ -59,7 +66,7 @@ def write_carry_page(path: str | Path, reports: Reports, notes: Mapping[str, str
             f'<div class="wide"><table>{information_rows(reports)}</table></div>',
             *(examples(name, report) for name, report in reports.items()),
             stability_section(reports),
-            f'<h2>The run</h2><div class="wide"><table>{facts}</table></div>' if facts else "",
+            f"<h2>The run</h2>{facts_table(notes)}" if notes else "",
         ],
     )
 
@@ -71,17 +78,12 @@ def write_carry_png(path: str | Path, reports: Reports) -> list[Path]:
         ImportError: kaleido is not installed.
     """
     path = Path(path)
-    written = []
-    for name, figure in (
-        ("gates", gates_figure(reports)),
-        ("ablations", ablation_figure(reports)),
-        ("tokens", information_figure(reports)),
-    ):
-        figure.update_layout(paper_bgcolor="white", plot_bgcolor="white")
-        file = path.with_name(f"{path.stem}-{name}.png")
-        figure.write_image(file, width=1100, height=figure.layout.height, scale=2)
-        written.append(file)
-    return written
+    figures = {
+        "gates": gates_figure(reports),
+        "ablations": ablation_figure(reports),
+        "tokens": information_figure(reports),
+    }
+    return [write_png(path.with_name(f"{path.stem}-{name}.png"), fig) for name, fig in figures.items()]
 
 
 def verdict(name: str, report: CarryReport) -> str:
@@ -226,7 +228,7 @@ def ablation_figure(reports: Reports) -> go.Figure:
         type="log",
         tickvals=[n or NONE_AT for n in ticks],
         ticktext=[str(n) for n in ticks],
-        title_text="experts kept (solid) or removed (dashed), the strongest first",
+        title_text="experts kept (solid) or removed (dashed)",
     )
     figure.update_yaxes(rangemode="tozero", col=1)
     return with_legend(figure)

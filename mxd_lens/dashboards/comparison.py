@@ -24,7 +24,7 @@ from mxd_lens.dashboards.token_text import token_texts, vocabulary_text
 from mxd_lens.evals.faithfulness import Place, Run, RunAt
 from mxd_lens.hooks import Replacement, check_fits, hook_names, paired_hooks
 from mxd_lens.models import attached_layer, equivalent_hook_names
-from mxd_lens.reading import Parts, dot_and_norm, kept_inputs, one_prompt, take_apart
+from mxd_lens.reading import Parts, kept_inputs, one_prompt, take_apart
 from mxd_lens.tables import Cell, Tabular
 
 PARTS = ("experts", "mean gate", "skip", "bias", "missing")
@@ -310,15 +310,9 @@ def _itself(sae: SAE[Any]) -> Replacement:
 
 def _dense_part(sae: SAE[Any], mean: Float[Tensor, " d_out"]) -> Replacement:
     def dense(x: Tensor, y: Tensor) -> Tensor:
-        parts = take_apart(sae, x.flatten(0, -2))
-        return _without_experts(parts, mean).view_as(y)
+        return take_apart(sae, x.flatten(0, -2)).dense(mean).view_as(y)
 
     return dense
-
-
-def _without_experts(parts: Parts, mean: Float[Tensor, " d_out"]) -> Float[Tensor, "tokens d_out"]:
-    """m * v + skip + b."""
-    return mean * parts.decoder_out + (0 if parts.skip is None else parts.skip) + parts.bias
 
 
 def _decompose(
@@ -334,7 +328,7 @@ def _decompose(
 ) -> Decomposition:
     squared = y.pow(2).sum(-1)
     y_hat = (parts.output + parts.bias).to(y)
-    dense = _without_experts(parts, mean).to(y)
+    dense = parts.dense(mean).to(y)
     nothing = torch.zeros_like(y)
     pieces = {
         "experts": y_hat - dense,
@@ -343,14 +337,8 @@ def _decompose(
         "bias": parts.bias + nothing,
         "missing": y - y_hat,
     }
-    token_of, expert, a = parts.fired
-    fired = parts.coefficients != 0
-    dots, norms = torch.zeros_like(parts.coefficients), torch.zeros_like(parts.coefficients)
-    dots[fired], norms[fired] = dot_and_norm(
-        parts, token_of, expert, a, (parts.decoder_out * y.to(parts.bias)).expand_as(y)
-    )
-    expert_shares = dots / squared.unsqueeze(-1)
-    order = expert_shares.abs().masked_fill(~fired, -1).nan_to_num().argsort(-1, descending=True)[:, :k]
+    expert_shares = parts.dots(y.to(parts.bias)) / squared.unsqueeze(-1)
+    order = parts.largest(expert_shares, k)
     return Decomposition(
         name=name,
         architecture=sae.cfg.architecture(),
@@ -360,8 +348,8 @@ def _decompose(
         experts=parts.experts.gather(1, order).cpu(),
         coefficients=parts.coefficients.gather(1, order).cpu(),
         expert_shares=expert_shares.gather(1, order).cpu(),
-        norms=norms.gather(1, order).cpu(),
-        n_active=fired.sum(-1).cpu(),
+        norms=parts.norms().gather(1, order).cpu(),
+        n_active=(parts.coefficients != 0).sum(-1).cpu(),
         shares=torch.stack([(pieces[part] * y).sum(-1) / squared for part in PARTS], dim=-1).cpu(),
         error=((y_hat - y).pow(2).sum(-1) / squared).cpu(),
         error_mean_gate=((dense - y).pow(2).sum(-1) / squared).cpu(),

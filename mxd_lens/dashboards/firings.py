@@ -12,8 +12,7 @@ from tqdm.auto import tqdm
 
 from mxd_lens.dashboards.data import CollectionConfig
 from mxd_lens.dashboards.streams import BestRows, Histograms, largest_of_each, priorities
-from mxd_lens.evals.expert_effects import kept_tokens
-from mxd_lens.reading import ENTRIES, Parts, expert_directions, layer_input, take_apart
+from mxd_lens.reading import Parts, expert_directions, kept_tokens, layer_input, take_apart
 from mxd_lens.statistics import ExpertStatistics
 
 STAGE = "firings"
@@ -85,8 +84,8 @@ class Firings:
         parts = take_apart(self.sae, x)
         self.statistics.add_parts(parts)
         self.input_sum += x.double().sum(0)
+        self._add_shares(parts)
         token_of, expert, a = parts.fired
-        self._add_shares(parts, token_of, expert, a)
         slot = self.slots[expert.cpu()]
         shown = slot >= 0
         if not shown.any():
@@ -108,22 +107,13 @@ class Firings:
             slot[may_stay], priority[may_stay], value=a[may_stay], decoder_out=decoder_out
         )
 
-    def _add_shares(
-        self,
-        parts: Parts,
-        token_of: Int[Tensor, " fired"],
-        expert: Int[Tensor, " fired"],
-        a: Float[Tensor, " fired"],
-    ) -> None:
+    def _add_shares(self, parts: Parts) -> None:
         """<a_n c_n * v, y - b> / ||y - b||^2 for every firing."""
         output = parts.output
         squared = output.pow(2).sum(-1, keepdim=True)
-        along = torch.where(squared > 0, parts.decoder_out * output / squared, 0)
         self.n_shares += int((squared > 0).sum())
-        for block in torch.arange(len(a), device=a.device).split(ENTRIES):
-            n = expert[block]
-            dots = (parts.directions[n] * along[token_of[block]]).sum(-1) * a[block]
-            self.share_sum.index_add_(0, n, dots.double())
+        shares = parts.dots(torch.where(squared > 0, output / squared, 0))
+        self.share_sum.index_add_(0, parts.experts.flatten(), shares.flatten().double())
 
     @property
     def share_of_output(self) -> Float[Tensor, " d_sae"]:

@@ -8,7 +8,7 @@ from statistics import mean
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from mxd_lens.dashboards.page import COLOURS, GREY, style, write_page
+from mxd_lens.dashboards.page import COLOURS, GREY, facts_table, style, write_page, write_png
 from mxd_lens.evals.faithfulness import FaithfulnessReport
 from mxd_lens.evals.frontier import Frontier
 
@@ -38,22 +38,17 @@ def write_frontier_page(path: str | Path, frontier: Frontier) -> Path:
     settings = frontier.settings
     parts: list[str | go.Figure] = []
     for text in frontier.texts:
-        n_tokens = max((p.reports[text].n_tokens for p in frontier.points if text in p.reports), default=0)
+        n_tokens = [p.reports[text].n_tokens for p in frontier.points if text in p.reports]
+        if not n_tokens:
+            continue
         parts += [
-            f"<h2>Held-out text: {escape(text)}, {n_tokens:,} tokens</h2>",
+            f"<h2>Held-out text: {escape(text)}, {max(n_tokens):,} tokens</h2>",
             frontier_figure(frontier, text),
             f'<div class="wide"><table>{rows_of(frontier, text)}</table></div>',
         ]
     if frontier.failures:
-        failed = "".join(
-            f"<tr><td>{escape(name)}</td><td>{escape(why)}</td></tr>"
-            for name, why in frontier.failures.items()
-        )
-        parts.append(f"<h2>What failed</h2><table>{failed}</table>")
-    facts = "".join(
-        f"<tr><td>{escape(name)}</td><td>{escape(str(value))}</td></tr>" for name, value in settings.items()
-    )
-    parts.append(f'<h2>The sweep</h2><div class="wide"><table>{facts}</table></div>')
+        parts.append(f"<h2>What failed</h2>{facts_table(frontier.failures)}")
+    parts.append(f"<h2>The sweep</h2>{facts_table(settings)}")
     return write_page(
         path,
         f"The sparsity-accuracy frontier of {settings['model_name']}",
@@ -72,16 +67,14 @@ def write_frontier_png(path: str | Path, frontier: Frontier, text: str) -> Path:
     Raises:
         ImportError: kaleido is not installed.
     """
-    figure = frontier_figure(frontier, text)
-    figure.update_layout(paper_bgcolor="white", plot_bgcolor="white")
-    figure.write_image(path, width=1100, height=figure.layout.height, scale=2)
-    return Path(path)
+    return write_png(path, frontier_figure(frontier, text))
 
 
 def frontier_figure(frontier: Frontier, text: str) -> go.Figure:
     """Normalised MSE and cross-entropy increase against K; a row a layer, a line an architecture."""
-    layers = sorted({point.layer for point in frontier.points})
-    ks = sorted({point.k for point in frontier.points})
+    measured = [point for point in frontier.points if text in point.reports]
+    layers = sorted({point.layer for point in measured})
+    ks = sorted({point.k for point in measured})
     titles = [
         title
         for layer in layers
@@ -113,25 +106,26 @@ def frontier_figure(frontier: Frontier, text: str) -> go.Figure:
                     figure.add_trace(trace, row=row, col=column)
         zero = [
             point.reports[text].ce_loss_zero_ablated - point.reports[text].ce_loss
-            for point in frontier.points
-            if point.layer == layer and text in point.reports
+            for point in measured
+            if point.layer == layer
         ]
-        for column, level in ((1, 1.0), (2, mean(zero) if zero else None)):
-            if level is not None:
-                level_line = go.Scatter(
-                    x=[ks[0], ks[-1]],
-                    y=[level, level],
-                    mode="lines",
-                    line={"color": GREY, "dash": "longdashdot", "width": 1.2},
-                    name="zero ablated",
-                    legendgroup="zero ablated",
-                    showlegend=(row, column) == (1, 1),
-                    hovertemplate="zero ablated: %{y:.4f}<extra></extra>",
-                )
-                figure.add_trace(level_line, row=row, col=column)
+        for column, level in ((1, 1.0), (2, mean(zero))):
+            level_line = go.Scatter(
+                x=[ks[0], ks[-1]],
+                y=[level, level],
+                mode="lines",
+                line={"color": GREY, "dash": "longdashdot", "width": 1.2},
+                name="zero ablated",
+                legendgroup="zero ablated",
+                showlegend=(row, column) == (1, 1),
+                hovertemplate="zero ablated: %{y:.4f}<extra></extra>",
+            )
+            figure.add_trace(level_line, row=row, col=column)
     style(figure, 90 + 330 * len(layers))
     figure.update_xaxes(type="log", tickvals=ks, ticktext=[str(k) for k in ks], title_text="K")
-    figure.update_yaxes(type="log", tickvals=[0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5, 10, 20], col=1)
+    figure.update_yaxes(
+        type="log", tickvals=[0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1, 2, 5, 10, 20], col=1
+    )
     figure.update_yaxes(rangemode="tozero", col=2)  # near 0 it may be below: not a logarithm
     figure.update_layout(
         showlegend=True,

@@ -1,7 +1,7 @@
 """What every page here shares: one self-contained HTML file, readable on white and on black."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from functools import cache
 from html import escape
@@ -73,6 +73,23 @@ def write_page(
     path = Path(path)
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def write_png(path: str | Path, figure: go.Figure, width: int = 1100) -> Path:
+    """Writes a figure that has a height as a picture, on white.
+
+    Raises:
+        ImportError: kaleido is not installed.
+    """
+    figure.update_layout(paper_bgcolor="white", plot_bgcolor="white")
+    figure.write_image(path, width=width, height=figure.layout.height, scale=2)
+    return Path(path)
+
+
+def facts_table(facts: Mapping[str, Any]) -> str:
+    """A table of names and what they are, escaped."""
+    rows = (f"<tr><td>{escape(name)}</td><td>{escape(str(value))}</td></tr>" for name, value in facts.items())
+    return f'<div class="wide"><table>{"".join(rows)}</table></div>'
 
 
 def style(figure: go.Figure, height: int) -> go.Figure:

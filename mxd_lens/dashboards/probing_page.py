@@ -8,7 +8,7 @@ from statistics import mean
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from mxd_lens.dashboards.page import COLOURS, GREY, style, write_page
+from mxd_lens.dashboards.page import COLOURS, GREY, style, write_page, write_png
 from mxd_lens.evals.probing import ALL, ALWAYS, CONSTANT, N_KEPT, SparseProbing, TaskFacts, of_k, spread
 
 COLUMNS = 2
@@ -46,10 +46,7 @@ def write_probing_png(path: str | Path, result: SparseProbing) -> Path:
     Raises:
         ImportError: kaleido is not installed.
     """
-    figure = together_figure(result)
-    figure.update_layout(paper_bgcolor="white", plot_bgcolor="white")
-    figure.write_image(path, width=1100, height=figure.layout.height, scale=2)
-    return Path(path)
+    return write_png(path, together_figure(result))
 
 
 def colours(result: SparseProbing) -> dict[str, str]:

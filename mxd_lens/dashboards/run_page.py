@@ -8,7 +8,7 @@ from pathlib import Path
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from mxd_lens.dashboards.page import BLUE, GREY, ORANGE, RED, field_docs, style, write_page
+from mxd_lens.dashboards.page import BLUE, GREY, ORANGE, RED, facts_table, field_docs, style, write_page
 from mxd_lens.evals.faithfulness import FaithfulnessReport
 from mxd_lens.training.runner import HISTORY_FILENAME
 
@@ -38,9 +38,6 @@ def write_run_page(
         f'<div class="continuation"><b>{escape(name)}</b>{escape(text)}</div>'
         for name, text in (continuations or {}).items()
     )
-    facts = "\n".join(
-        f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in (notes or {}).items()
-    )
     return write_page(
         path,
         title,
@@ -50,7 +47,7 @@ def write_run_page(
             *figures,
             f"<h2>The model goes on</h2>{texts}" if texts else "",
             f'<h2>Every number</h2><div class="wide"><table>{report_rows(report)}</table></div>',
-            f'<h2>The run</h2><div class="wide"><table>{facts}</table></div>' if facts else "",
+            f"<h2>The run</h2>{facts_table(notes)}" if notes else "",
         ],
     )
 

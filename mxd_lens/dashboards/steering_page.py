@@ -8,7 +8,7 @@ from statistics import mean, median, stdev
 import numpy as np
 import plotly.graph_objects as go
 
-from mxd_lens.dashboards.page import COLOURS, style, write_page
+from mxd_lens.dashboards.page import COLOURS, facts_table, style, write_page, write_png
 from mxd_lens.evals.steering_scores import SteeringScore, SteeringScores
 
 N_SHOWN = 5
@@ -36,10 +36,7 @@ def write_steering_page(path: str | Path, scores: SteeringScores, picture: str =
                 parts.append(f"<h2>{escape(layer)}: the {which} {len(of_it)}</h2>")
                 parts += [texts_of(score) for score in of_it]
     settings = scores.settings
-    facts = "".join(
-        f"<tr><td>{escape(name)}</td><td>{escape(str(value))}</td></tr>" for name, value in settings.items()
-    )
-    parts.append(f'<h2>How</h2><div class="wide"><table>{facts}</table></div>')
+    parts.append(f"<h2>How</h2>{facts_table(settings)}")
     return write_page(
         path,
         f"Steering {settings['model_name']} one expert at a time",
@@ -56,10 +53,7 @@ def write_steering_png(path: str | Path, scores: SteeringScores) -> Path:
     Raises:
         ImportError: kaleido is not installed.
     """
-    figure = steering_figure(scores)
-    figure.update_layout(paper_bgcolor="white", plot_bgcolor="white")
-    figure.write_image(path, width=900, height=figure.layout.height, scale=2)
-    return Path(path)
+    return write_png(path, steering_figure(scores), width=900)
 
 
 def worth(score: SteeringScore) -> float:

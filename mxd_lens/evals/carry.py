@@ -31,13 +31,13 @@ from mxd_lens.evals.token_information import (
     Dependence,
     ExampleExpert,
     TokenInformation,
-    contribution_norms,
     read_firings,
     token_information,
 )
 from mxd_lens.hooks import Replacement, check_fits
-from mxd_lens.reading import Parts, take_apart
+from mxd_lens.reading import take_apart
 from mxd_lens.tables import Cell, Tabular, percent
+from mxd_lens.training.runner import write_json
 
 # Gates and ablations
 
@@ -55,7 +55,7 @@ class BestConstantGate:
         parts = take_apart(self.sae, x)
         v, target = parts.decoder_out.double(), y.to(parts.bias.device).double()
         weight = 1 / target.pow(2).sum(-1, keepdim=True).clamp_min(1e-12)
-        self._product = self._product + (weight * v * (target - rest(parts).double())).sum(0)
+        self._product = self._product + (weight * v * (target - parts.rest.double())).sum(0)
         self._square = self._square + (weight * v**2).sum(0)
 
     @property
@@ -70,14 +70,9 @@ class BestConstantGate:
 
         def replace(x: Tensor, _y: Tensor) -> Tensor:
             parts = take_apart(self.sae, x.reshape(-1, x.shape[-1]))
-            return (gate * parts.decoder_out + rest(parts)).view(*x.shape[:-1], -1)
+            return parts.dense(gate).view(*x.shape[:-1], -1)
 
         return replace
-
-
-def rest(parts: Parts) -> Float[Tensor, "tokens d_out"]:
-    """What a layer writes without its experts."""
-    return parts.bias.expand(len(parts.coefficients), -1) if parts.skip is None else parts.bias + parts.skip
 
 
 def only_strongest(sae: SAE[Any], n: int) -> Replacement:
@@ -93,7 +88,7 @@ def without_strongest(sae: SAE[Any], n: int) -> Replacement:
 def _ablated(sae: SAE[Any], keeps: Callable[[Tensor], Tensor]) -> Replacement:
     def replace(x: Tensor, _y: Tensor) -> Tensor:
         parts = take_apart(sae, x.reshape(-1, x.shape[-1]))
-        order = contribution_norms(parts).argsort(dim=-1, descending=True, stable=True)
+        order = parts.norms().argsort(dim=-1, descending=True, stable=True)
         rank = order.argsort(dim=-1)
         kept = parts._replace(coefficients=parts.coefficients * keeps(rank))
         return (kept.output + kept.bias).view(*x.shape[:-1], -1)
@@ -218,8 +213,7 @@ class CarryReport(Tabular):
 
 def save_carry(path: str | Path, reports: Mapping[str, CarryReport]) -> None:
     """Writes reports as JSON, by the layers' names."""
-    known = {name: report.to_dict() for name, report in reports.items()}
-    Path(path).write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    write_json(Path(path), {name: report.to_dict() for name, report in reports.items()})
 
 
 def load_carry(path: str | Path) -> dict[str, CarryReport]:

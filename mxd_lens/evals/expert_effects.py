@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mxd_lens.hooks import hook_names, paired_hooks
-from mxd_lens.reading import Parts, layer_input, take_apart
-from mxd_lens.training.activations import special_token_ids
+from mxd_lens.reading import Parts, kept_tokens, layer_input, take_apart
 
 Losses = Float[Tensor, "sequences positions"]
 
@@ -109,14 +108,6 @@ def _losses(
         for of_sequence, ids in zip(logits, tokens.to(logits.device), strict=True)
     ]
     return F.pad(torch.stack(losses), (0, 1), value=torch.nan)
-
-
-def kept_tokens(
-    sae: SAE[Any], model: Any, tokens: Int[Tensor, "sequences positions"]
-) -> Bool[Tensor, "sequences positions"]:
-    """The tokens that the layer's training did not exclude."""
-    excluded = special_token_ids(model, sae.cfg.metadata.exclude_special_tokens)
-    return ~torch.isin(tokens, torch.tensor(excluded).to(tokens))
 
 
 def _written(

@@ -22,14 +22,13 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from sae_lens import SAE
-from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from mxd_lens.evals.logistic import single_feature_probes
 from mxd_lens.evals.probing_tasks import OFFLINE_TASKS, LabelledTexts, load_task
 from mxd_lens.hooks import check_trained_on, hook_names
-from mxd_lens.reading import active_experts, input_hook
+from mxd_lens.reading import active_experts, input_hook, run_to
 from mxd_lens.tables import Cell, Tabular
 from mxd_lens.training.activations import special_token_ids
 
@@ -446,27 +445,6 @@ def tokenized(
         if len(sequence) == len(first):
             raise ValueError(f"A text has no token but special ones: {text[:80]!r}.")
     return [torch.tensor(sequence[:context]) for sequence in ids], sum(len(s) > context for s in ids)
-
-
-def run_to(
-    model: Any, tokens: Int[Tensor, "texts positions"], hooks: Iterable[str]
-) -> dict[str, Float[Tensor, "texts positions d_in"]]:
-    """The activations at some hook points; the model runs up to the last of them."""
-    captured: dict[str, Tensor] = {}
-
-    def capturing(name: str) -> Any:
-        return name, lambda x, hook: captured.__setitem__(name, x)  # noqa: ARG005
-
-    stops = [extract_stop_at_layer_from_tlens_hook_name(name) for name in hooks]
-    model.run_with_hooks(
-        tokens.to(model.cfg.device),
-        stop_at_layer=None if None in stops else max(stop for stop in stops if stop is not None),
-        fwd_hooks=[capturing(name) for name in hooks],
-    )
-    for name in hooks:
-        if name not in captured:
-            raise ValueError(f"{name} did not fire: this model does not run the hook point a layer reads.")
-    return captured
 
 
 def coefficients(sae: SAE[Any], x: Float[Tensor, "tokens d_in"]) -> "csr_matrix":

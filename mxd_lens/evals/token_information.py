@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mxd_lens.evals.faithfulness import Place
-from mxd_lens.reading import Parts, dot_and_norm, input_hook, layer_input, take_apart
+from mxd_lens.reading import input_hook, layer_input, take_apart
 
 LOOKUP = 0.9
 """Experts that the token determines this far are called token lookups."""
@@ -111,8 +111,7 @@ def read_firings(
             kept = places[name].kept(batch)
             parts = take_apart(sae, inputs[hook][kept.to(inputs[hook].device)])
             token_of, expert, _ = parts.fired
-            strength = contribution_norms(parts)
-            strongest = parts.experts.gather(1, strength.argmax(-1, keepdim=True))[:, 0]
+            strongest = parts.experts.gather(1, parts.norms().argmax(-1, keepdim=True))[:, 0]
             found[name].append(
                 (
                     token_of.cpu() + n_tokens[name],
@@ -126,15 +125,6 @@ def read_firings(
         name: Firings(sae.cfg.d_sae, *(torch.cat(part) for part in zip(*found[name], strict=True)))
         for name, sae in saes.items()
     }
-
-
-def contribution_norms(parts: Parts) -> Float[Tensor, "tokens n"]:
-    """||a_n c_n * v|| for every active expert of every token; 0 where there is none."""
-    token_of, expert, a = parts.fired
-    norms = torch.zeros_like(parts.coefficients)
-    along = parts.decoder_out.expand(-1, parts.directions.shape[1])
-    norms[parts.coefficients != 0] = dot_and_norm(parts, token_of, expert, a, along)[1]
-    return norms
 
 
 # Information
