@@ -63,8 +63,9 @@ def main() -> None:
         },
     )
     write_frontier_page(args.output / "index.html", result)
-    for text in held_out:
+    for text in result.texts:
         write_frontier_png(args.output / f"{text.lower()}.png", result, text)
+        write_frontier_png(args.output / f"{text.lower()}-layer12.png", result, text, [12])
     Console(width=160).print(result)
 
 

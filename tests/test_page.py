@@ -116,6 +116,27 @@ def test_the_lines_of_a_frontier(frontier):
     assert list(short.x) == [8]
 
 
+def test_some_layers_of_a_frontier(frontier):
+    """Only what was measured has a row, a tick and an entry in the legend."""
+    frontier.points.append(Point("mxd", 20, 1024, 0, reports={}))
+    shown = {a.text for a in frontier_figure(frontier, "brown").layout.annotations}
+    assert not any("Layer 20" in title for title in shown)
+    figure = frontier_figure(frontier, "brown", [2])
+    titles = [a.text for a in figure.layout.annotations]
+    assert titles == ["Layer 2: normalised MSE", "Layer 2: cross-entropy increase, nats"]
+    assert list(figure.layout.xaxis.tickvals) == [8, 32]
+    frontier.points = [p for p in frontier.points if p.layer != 2 or p.architecture != "b"]
+    assert sorted(t.name for t in frontier_figure(frontier, "brown").data if t.showlegend) == [
+        "A & A",
+        "B",
+        "zero ablated",
+    ]
+    with pytest.raises(ValueError, match=r"Nothing was measured on 'wikipedia'.*\['wiki', 'brown'\]"):
+        frontier_figure(frontier, "wikipedia")
+    with pytest.raises(ValueError, match="at these layers"):
+        frontier_figure(frontier, "brown", [20])
+
+
 def test_a_frontier_as_a_picture(frontier, tmp_path):
     pytest.importorskip("kaleido")
     try:

@@ -1,6 +1,6 @@
 """The page about a frontier: errors and cross-entropies against K, an architecture a line."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from html import escape
 from pathlib import Path
 from statistics import mean
@@ -39,8 +39,6 @@ def write_frontier_page(path: str | Path, frontier: Frontier) -> Path:
     parts: list[str | go.Figure] = []
     for text in frontier.texts:
         n_tokens = [p.reports[text].n_tokens for p in frontier.points if text in p.reports]
-        if not n_tokens:
-            continue
         parts += [
             f"<h2>Held-out text: {escape(text)}, {max(n_tokens):,} tokens</h2>",
             frontier_figure(frontier, text),
@@ -61,18 +59,36 @@ def write_frontier_page(path: str | Path, frontier: Frontier) -> Path:
     )
 
 
-def write_frontier_png(path: str | Path, frontier: Frontier, text: str) -> Path:
-    """Writes the figure of one held-out text as a picture.
+def write_frontier_png(
+    path: str | Path, frontier: Frontier, text: str, layers: Collection[int] | None = None
+) -> Path:
+    """Writes `frontier_figure` as a picture.
 
     Raises:
         ImportError: kaleido is not installed.
+        ValueError: nothing was measured.
     """
-    return write_png(path, frontier_figure(frontier, text))
+    return write_png(path, frontier_figure(frontier, text, layers), width=900)
 
 
-def frontier_figure(frontier: Frontier, text: str) -> go.Figure:
-    """Normalised MSE and cross-entropy increase against K; a row a layer, a line an architecture."""
-    measured = [point for point in frontier.points if text in point.reports]
+def frontier_figure(frontier: Frontier, text: str, layers: Collection[int] | None = None) -> go.Figure:
+    """Normalised MSE and cross-entropy increase against K; a row a layer, a line an architecture.
+
+    Args:
+        frontier: what was measured.
+        text: the held-out text.
+        layers: which; None for all that were measured on it.
+
+    Raises:
+        ValueError: nothing was measured.
+    """
+    measured = [
+        point
+        for point in frontier.points
+        if text in point.reports and (layers is None or point.layer in layers)
+    ]
+    if not measured:
+        raise ValueError(f"Nothing was measured on {text!r} at these layers; texts: {frontier.texts}.")
     layers = sorted({point.layer for point in measured})
     ks = sorted({point.k for point in measured})
     titles = [
@@ -84,9 +100,10 @@ def frontier_figure(frontier: Frontier, text: str) -> go.Figure:
         rows=len(layers),
         cols=2,
         subplot_titles=titles,
-        vertical_spacing=0.28 / (len(layers) + 1),
+        vertical_spacing=0.36 / (len(layers) + 1),
         horizontal_spacing=0.09,
     )
+    named: set[str] = set()
     for row, layer in enumerate(layers, start=1):
         for colour, (architecture, label) in zip(
             (*COLOURS, GREY), frontier.settings["labels"].items(), strict=False
@@ -94,15 +111,18 @@ def frontier_figure(frontier: Frontier, text: str) -> go.Figure:
             for kind, (dash, *quantities) in DASHES.items():
                 for column, quantity in enumerate(quantities, start=1):
                     trace = line(frontier, text, layer, architecture, quantity)
+                    if not trace.x:
+                        continue
                     trace.update(
                         line={"color": colour, "dash": dash, "width": 2.5 if dash == "solid" else 1.2},
                         opacity=1 if dash == "solid" else 0.6,
                         mode="lines+markers" if dash == "solid" else "lines",
                         name=label,
                         legendgroup=architecture,
-                        showlegend=(row, column, kind) == (1, 1, "the layer"),
+                        showlegend=architecture not in named,
                         hovertemplate=f"{label}, {kind}<br>K %{{x}}: %{{y:.4f}}<extra></extra>",
                     )
+                    named.add(architecture)
                     figure.add_trace(trace, row=row, col=column)
         zero = [
             point.reports[text].ce_loss_zero_ablated - point.reports[text].ce_loss

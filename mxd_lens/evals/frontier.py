@@ -163,8 +163,8 @@ class Frontier(Printable):
 
     @property
     def texts(self) -> list[str]:
-        """The held-out texts."""
-        return list(self.settings["held_out"])
+        """The held-out texts that anything was measured on."""
+        return [t for t in self.settings["held_out"] if any(t in point.reports for point in self.points)]
 
     def select(
         self, text: str, layer: int, architecture: str, k: int | None = None
