@@ -6,23 +6,40 @@
 FOLDER holds WikiText-2's valid.txt and test.txt, prepared as `benchmarks.wikitext` says: the first
 sequences are held out, the rest is trained on. The second text to judge on is the Brown corpus, which
 nltk must find. A sweep that was interrupted goes on; its points are measured a layer and a K at a time.
+
+--architectures mxd_more_experts,skip_mxd_more_experts trains the MxDs with as many experts as the transcoder
+has features, on top of the decoder branch: what the matching of parameters takes from them.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from datasets import Dataset
 from rich.console import Console
+from sae_lens.saes.sae import TrainingSAEConfig
 
 from benchmarks.wikitext import BOS, HELD_OUT, wikitext_sequences
 from mxd_lens import frontier, load_model
 from mxd_lens.cli import integers
 from mxd_lens.dashboards.frontier_page import write_frontier_page, write_frontier_png
-from mxd_lens.evals.frontier import CONTENDERS
+from mxd_lens.evals.frontier import CONTENDERS, Contender, Size
 from mxd_lens.models import SMOLLM2
 from mxd_lens.training.text import load_text, token_sequences
 
 TRAINING_TOKENS = 2**20
+
+
+def _with_more_experts(name: str) -> Contender:
+    matched = CONTENDERS[name]
+
+    def config(size: Size, k: int) -> TrainingSAEConfig:
+        return replace(matched.config(size, k), d_sae=size.transcoder_width)
+
+    return Contender(f"{matched.label}, as many experts as features", config, matched.lr)
+
+
+UNMATCHED = {f"{name}_more_experts": _with_more_experts(name) for name in ("mxd", "skip_mxd")}
 
 
 def main() -> None:
@@ -37,7 +54,7 @@ def main() -> None:
     parser.add_argument("--raw", action="store_true", help="the paper's recipe: no standardised activations")
     args = parser.parse_args()
 
-    contenders = {name: CONTENDERS[name] for name in args.architectures.split(",")}
+    contenders = {name: {**CONTENDERS, **UNMATCHED}[name] for name in args.architectures.split(",")}
     model = load_model(SMOLLM2)
     sequences = wikitext_sequences(args.text, model.tokenizer)
     held_out = {
