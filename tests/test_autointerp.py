@@ -139,10 +139,13 @@ def test_results_are_kept_shown_and_gone_on_with(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         interpreted(tmp_path, experts=[1, 2, 13], interpreter=Counting())
-    assert len(Autointerp.load(tmp_path / AUTOINTERP_FILENAME).interpretations) == 2
+    file = tmp_path / AUTOINTERP_FILENAME
+    assert len(Autointerp.load(file).interpretations) == 2
+    with file.open("a") as cut_off:
+        cut_off.write('{"expert": 13, "n_fir')
     result = interpreted(tmp_path, experts=[1, 2, 13], interpreter=Counting())
     assert Counting.explained == 4
-    assert Autointerp.load(tmp_path / AUTOINTERP_FILENAME) == result
+    assert Autointerp.load(file) == result
     assert result.interpretations == interpreted(tmp_path / "new", experts=[1, 2, 13]).interpretations
     console = Console(width=140, record=True)
     console.print(result)

@@ -29,9 +29,9 @@ from tqdm.auto import tqdm
 from mxd_lens.evals.endpoint import ChatEndpoint
 from mxd_lens.evals.passages import MARKS, ExpertPassages, Passage, read_passages
 from mxd_lens.tables import Printable, printable
-from mxd_lens.training.runner import then_and_now, write_json
+from mxd_lens.training.runner import then_and_now
 
-AUTOINTERP_FILENAME = "autointerp.json"
+AUTOINTERP_FILENAME = "autointerp.jsonl"
 ENOUGH = 4
 """Passages that an expert must fire on: two to explain it from, two to test on."""
 
@@ -241,6 +241,14 @@ class Interpretation:
     def trials(self, task: Task) -> list[Trial]:
         return self.detection if task == "detection" else self.fuzzing
 
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, line: str) -> "Interpretation":
+        known = json.loads(line)
+        return cls(**known | {t: [Trial(**trial) for trial in known[t]] for t in ("detection", "fuzzing")})
+
 
 @dataclass
 class Autointerp(Printable):
@@ -251,23 +259,19 @@ class Autointerp(Printable):
     interpretations: list[Interpretation]
 
     def save(self, path: str | Path) -> None:
-        """Writes it as JSON; an older file is exchanged in one step."""
-        found = [asdict(interpretation) for interpretation in self.interpretations]
-        write_json(Path(path), {"settings": self.settings, "interpretations": found})
+        """Writes it as JSON lines: the settings, then an interpretation a line. An older file is exchanged in
+        one step."""
+        path = Path(path)
+        partial = path.with_name(f".{path.name}")
+        lines = [json.dumps(self.settings), *(i.to_json() for i in self.interpretations)]
+        partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        partial.replace(path)
 
     @classmethod
     def load(cls, path: str | Path) -> "Autointerp":
-        """Reads what `save` wrote."""
-        known = json.loads(Path(path).read_text(encoding="utf-8"))
-        return cls(
-            known["settings"],
-            [
-                Interpretation(
-                    **i | {t: [Trial(**trial) for trial in i[t]] for t in ("detection", "fuzzing")}
-                )
-                for i in known["interpretations"]
-            ],
-        )
+        """Reads what `save` wrote; a last line that was not written to its end is left out."""
+        settings, *lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1]
+        return cls(json.loads(settings), [Interpretation.from_json(line) for line in lines])
 
     def __rich__(self) -> Table:
         s = self.settings
@@ -315,7 +319,7 @@ def autointerp(
 
     Args:
         sae, model, tokens, batch_size, progress: as for `evaluate`.
-        output: a folder, for autointerp.json.
+        output: a folder, for autointerp.jsonl.
         experts: how many, drawn at random; or which.
         interpreter: who explains and scores. Default: `LocalInterpreter()`.
         length, n_explain, n_test, seed: see `read_passages`.
@@ -341,14 +345,17 @@ def autointerp(
     path = Path(output) / AUTOINTERP_FILENAME
     path.parent.mkdir(parents=True, exist_ok=True)
     result = _resumed(path, settings) if path.is_file() else Autointerp(settings, [])
+    result.save(path)
     done = {i.expert for i in result.interpretations}
     todo = [n for n in _chosen(sae, experts, seed) if n not in done]
     if not todo:
         return result
     passages = read_passages(sae, model, tokens, todo, length, n_explain, n_test, seed, batch_size, progress)
     for of in tqdm(passages, desc="Interpreting", disable=not progress):
-        result.interpretations.append(interpret(interpreter, of, seed))
-        result.save(path)
+        interpretation = interpret(interpreter, of, seed)
+        with path.open("a", encoding="utf-8") as lines:
+            lines.write(interpretation.to_json() + "\n")
+        result.interpretations.append(interpretation)
     return result
 
 
