@@ -392,7 +392,7 @@ def test_its_page_agrees_with_our_data(kind, context, excluded, tiny_model, dist
     pages = run_sae_dashboard(sae, tiny_model, tokens, experts, context=context, progress=False)
     data, page = collect_all(sae, tiny_model, tokens, experts), read_page(pages, tmp_path)
     assert data.settings["n_tokens"] == tokens.numel() - excluded * (tokens == 1).sum()
-    has_context = range(0, 24) if context is None else range(context + 1, 24 - context)
+    has_context = range(24) if context is None else range(context + 1, 24 - context)
     for ours in data.experts:
         drawn, top = page[str(ours.expert)], shown(pages, ours.expert)
         check_sums(drawn, ours, data)
