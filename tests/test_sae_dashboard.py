@@ -388,6 +388,8 @@ def test_its_page_agrees_with_our_data(kind, context, excluded, tiny_model, dist
     """
     sae, tokens = make_layer(kind, "float32"), distinct_tokens
     sae.cfg.metadata.exclude_special_tokens = excluded
+    with torch.no_grad():
+        tiny_model.ln_final.w.copy_(torch.linspace(0.5, 2, 16))
     experts = busiest(activations(sae, tiny_model, tokens), 4)
     pages = run_sae_dashboard(sae, tiny_model, tokens, experts, context=context, progress=False)
     data, page = collect_all(sae, tiny_model, tokens, experts), read_page(pages, tmp_path)
