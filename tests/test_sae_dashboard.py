@@ -4,15 +4,21 @@ import importlib.util
 import json
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from sae_lens import logger
 from test_attach import MODELS
 from test_reading import make_layer
+from test_text import nltk_data  # noqa: F401
 
 from mxd_lens import MxD, TopKTranscoder, expert_statistics
-from mxd_lens.dashboards.sae_dashboard import INSTALL, SeenLayer, run_sae_dashboard
+from mxd_lens.dashboards.collection import collect_dashboard
+from mxd_lens.dashboards.data import CollectionConfig, DashboardData, ExpertData
+from mxd_lens.dashboards.sae_dashboard import INSTALL, SaeDashboard, SeenLayer, run_sae_dashboard
+from mxd_lens.dashboards.token_text import vocabulary_text
 from mxd_lens.training.text import load_text, token_sequences
 
 needs_sae_dashboard = pytest.mark.skipif(
@@ -245,6 +251,240 @@ def test_the_layer_as_it_is_seen_keeps_no_input():
     with pytest.raises(ValueError, match="no encode is waiting"):
         sae.decode(a)
     assert torch.equal(a, sae.encode(x))
+
+
+# Against our own dashboard's data
+
+Place = tuple[int, int]
+"""A sequence, and a position in it."""
+
+
+@pytest.fixture
+def distinct_tokens() -> torch.Tensor:
+    """No two sequences begin alike, so that no two activations are equal and an order is one order."""
+    tokens = torch.randint(3, 20, (17, 24), generator=torch.Generator().manual_seed(1))
+    tokens[:, 0] = 1
+    tokens[:, 1] = torch.arange(3, 20)
+    tokens[5, 9] = 1
+    return tokens
+
+
+def collect_all(sae, model, tokens, experts: list[int]) -> DashboardData:
+    """Our data, its top excerpts being all sequences from end to end: every firing is in them."""
+    n_sequences, n_positions = tokens.shape
+    whole = {"before": n_positions, "after": n_positions}
+    cfg = CollectionConfig(n_top=n_sequences, n_per_band=0, loss_effects=False, **whole)
+    return collect_dashboard(sae, model, tokens, experts, cfg=cfg, progress=False)
+
+
+def read_page(pages: SaeDashboard, folder: Path) -> dict[str, Any]:
+    """What SAEDashboard's page draws, expert by expert, from the HTML."""
+    page = pages.write_html(folder / "page.html").read_text()
+    return json.JSONDecoder().raw_decode(page, page.index('{"AGGDATA"'))[0]["DASHBOARD_DATA"]
+
+
+def tokens_in_excerpts(ours: ExpertData) -> dict[Place, tuple[int, float]]:
+    """Token id and coefficient of every token that our data show of an expert."""
+    return {
+        (e.sequence, e.start + i): (token, value)
+        for band in ours.bands
+        for e in band.excerpts
+        for i, (token, value) in enumerate(zip(e.token_ids, e.values, strict=True))
+    }
+
+
+def check_sums(drawn: dict[str, Any], ours: ExpertData, data: DashboardData) -> None:
+    """The density, the number of firings and the largest."""
+    histogram = drawn["actsHistogramData"]["0"]
+    n_tokens = data.settings["n_sequences"] * data.settings["context_size"]
+    assert histogram["title"].endswith(f"DENSITY = {ours.n_firings / n_tokens:.3%}")
+    assert ours.n_firings == pytest.approx(ours.density * data.settings["n_tokens"])
+    assert sum(histogram["y"]) == sum(ours.counts) == ours.n_firings
+    maximum = float(drawn["tokenData"]["seq-group-2-0"]["title"].split("MAX = ")[1])
+    assert maximum == pytest.approx(ours.maximum, abs=5.1e-4)
+
+
+def check_direction(pages: SaeDashboard, drawn: dict[str, Any], ours: ExpertData, model) -> None:
+    """The mean direction's largest entries, and the tokens it promotes and suppresses."""
+    direction = torch.tensor(ours.mean_direction).double()
+    aligned = drawn["featureTablesData"]["0"]["neuronAlignment"]
+    largest = direction.topk(len(aligned))
+    assert [row["index"] for row in aligned] == largest.indices.tolist()
+    assert [float(row["value"]) for row in aligned] == pytest.approx(largest.values.tolist(), abs=6e-4)
+    logits = (direction * model.ln_final.w.double()) @ model.W_U.double()
+    table, on_page = (
+        pages.data.feature_data_dict[ours.expert].logits_table_data,
+        drawn["logitsTableData"]["0"],
+    )
+    for effects, ids, values, cells in (
+        (ours.promoted, table.top_token_ids, table.top_logits, on_page["posLogits"]),
+        (ours.suppressed, table.bottom_token_ids, table.bottom_logits, on_page["negLogits"]),
+    ):
+        assert len(effects) == len(ids) == 10
+        assert [effect.token for effect in effects] == [vocabulary_text(model.tokenizer, t) for t in ids]
+        expected = [effect.logit + logits.mean().item() for effect in effects]
+        assert values == pytest.approx(expected, rel=1e-4, abs=1e-4)
+        assert [cell["value"] for cell in cells] == pytest.approx(expected, abs=5.1e-3)
+
+
+def check_tokens_shown(
+    pages: SaeDashboard, drawn: dict[str, Any], expert: int, ours: dict[Place, tuple[int, float]]
+) -> int:
+    """Every token on the page that our data have too, of all its groups; how many there were."""
+    n_compared = 0
+    buffer = pages.data.cfg.feature_centric_layout.seq_cfg.buffer
+    groups = pages.data.feature_data_dict[expert].sequence_data.seq_group_data
+    for i, group in enumerate(groups):
+        rows = drawn["tokenData"][f"seq-group-2-{i}"]["data"] if group.seq_data else []
+        for one, row in zip(group.seq_data, rows, strict=True):
+            start = one.qualifying_token_index - buffer[0] if buffer else 1
+            for position, cell in enumerate(row, start):
+                place = one.original_index, position
+                if place in ours:
+                    n_compared += 1
+                    token, value = ours[place]
+                    assert cell["tokID"] == token
+                    assert cell.get("featAct", 0) == pytest.approx(value, rel=1e-4, abs=1e-4)
+            bold = start + [cell["isBold"] for cell in row].index(True)
+            if buffer:
+                assert bold == one.qualifying_token_index
+            else:
+                assert one.feat_acts[bold - start] == max(one.feat_acts)
+    return n_compared
+
+
+def check_one_a_sequence(top: list[tuple[int, int, float]], ours: ExpertData) -> int:
+    """Our top excerpts are SAEDashboard's, less the repeated sequences; how many those leave to compare."""
+    best: dict[int, tuple[int, int, float]] = {}
+    for sequence, position, value in top:
+        if value:
+            best.setdefault(sequence, (sequence, position, value))
+    mine = [(e.sequence, e.start + e.peak, e.values[e.peak]) for e in ours.bands[0].excerpts][: len(best)]
+    theirs = list(best.values())[: len(mine)]
+    assert [place for *place, _ in mine] == [place for *place, _ in theirs]
+    assert [value for *_, value in mine] == pytest.approx([v for *_, v in theirs], rel=1e-4, abs=1e-4)
+    return len(mine)
+
+
+@needs_sae_dashboard
+@pytest.mark.parametrize(
+    ("context", "excluded"), [(3, True), (None, True), (3, False)], ids=["context", "whole", "BOS counted"]
+)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_its_page_agrees_with_our_data(kind, context, excluded, tiny_model, distinct_tokens, tmp_path):
+    """The top firings, the largest, the density, and the tokens promoted and suppressed, of four experts.
+
+    The two differ by definition, and are compared with the difference taken into account:
+
+        top firings     SAEDashboard: the 20 largest, as many of one sequence as there are; only those with
+                        their context, that is not in the first context + 1 positions nor in the last
+                        `context`. Ours: the largest of each sequence, anywhere in it.
+        excerpts        SAEDashboard: the context on either side; for whole sequences all but their first
+                        token, the largest of the sequence being bold whichever it was chosen for.
+        the largest     of all tokens in both, those without context too
+        density         SAEDashboard: a share of all tokens; ours: of those that the layer's training kept.
+                        In both no expert fires on the others.
+        logits          SAEDashboard: of the mean direction; ours: less their mean over the vocabulary
+    """
+    sae, tokens = make_layer(kind, "float32"), distinct_tokens
+    sae.cfg.metadata.exclude_special_tokens = excluded
+    with torch.no_grad():
+        tiny_model.ln_final.w.copy_(torch.linspace(0.5, 2, 16))
+    experts = busiest(activations(sae, tiny_model, tokens), 4)
+    pages = run_sae_dashboard(sae, tiny_model, tokens, experts, context=context, progress=False)
+    data, page = collect_all(sae, tiny_model, tokens, experts), read_page(pages, tmp_path)
+    assert data.settings["n_tokens"] == tokens.numel() - excluded * (tokens == 1).sum()
+    has_context = range(24) if context is None else range(context + 1, 24 - context)
+    for ours in data.experts:
+        drawn, top = page[str(ours.expert)], shown(pages, ours.expert)
+        check_sums(drawn, ours, data)
+        check_direction(pages, drawn, ours, tiny_model)
+        nowhere = {
+            (s, p): (token, 0.0) for s, row in enumerate(tokens.tolist()) for p, token in enumerate(row)
+        }
+        known = nowhere | tokens_in_excerpts(ours)
+        firings = {place: value for place, (_, value) in known.items() if value}
+        assert len(firings) == ours.n_firings > TOP
+        check_tokens_shown(pages, drawn, ours.expert, known)
+        with_context = sorted(firings, key=lambda place: -firings[place])
+        with_context = [place for place in with_context if place[1] in has_context][:TOP]
+        assert [(s, p) for s, p, _ in top] == with_context
+        assert [value for *_, value in top] == pytest.approx([firings[p] for p in with_context], abs=1e-4)
+        if context is None:
+            assert check_one_a_sequence(top, ours) > 5
+
+
+@needs_sae_dashboard
+@pytest.mark.parametrize("excluded", [True, False])
+@pytest.mark.parametrize("kind", ["topk_transcoder, k", "mxd, k"])
+def test_its_correlations_and_sums_leave_out_what_training_did(
+    kind, excluded, tiny_model, distinct_tokens, tmp_path
+):
+    """BOS is the same input in every sequence: counted, it makes experts that fire on it alike."""
+    sae, tokens = make_layer(kind, "float32"), distinct_tokens
+    sae.cfg.metadata.exclude_special_tokens = excluded
+    name = sae.cfg.metadata.hook_name
+    x = tiny_model.run_with_cache(tokens, names_filter=name)[1][name]
+    on_bos = sae.encode(x)[0, 0].nonzero()[:, 0].tolist()
+    kept = (tokens != 1)[..., None] | torch.tensor(not excluded)
+    acts = (sae.encode(x) * kept)[..., on_bos]
+    alive = (acts > 0).any(0).any(0).tolist()
+    experts = [n for n, fires in zip(on_bos, alive, strict=True) if fires]
+    acts = acts[..., alive].flatten(0, 1).T.double()
+    pages = run_sae_dashboard(sae, tiny_model, tokens, experts, progress=False)
+    data = collect_all(sae, tiny_model, tokens, experts)
+    seen = pages.data.feature_stats
+    assert len(experts) >= 3
+    assert seen.max == pytest.approx([ours.maximum for ours in data.experts], rel=1e-4)
+    fired = [ours.n_firings / tokens.numel() for ours in data.experts]
+    assert seen.frac_nonzero == pytest.approx(fired, abs=1e-6)
+    inputs = (x * kept).flatten(0, 1).T.double()
+    among = torch.corrcoef(acts).fill_diagonal_(0)
+    with_inputs = torch.corrcoef(torch.cat([acts, inputs]))[: len(acts), len(acts) :]
+    for i, n in enumerate(experts):
+        tables = pages.data.feature_data_dict[n].feature_tables_data
+        for pearson, indices, expected, ids in (
+            (tables.correlated_features_pearson, tables.correlated_features_indices, among[i], experts),
+            (tables.correlated_neurons_pearson, tables.correlated_neurons_indices, with_inputs[i], range(16)),
+        ):
+            largest = expected.topk(3)
+            assert indices == [ids[j] for j in largest.indices.tolist()]
+            assert pearson == pytest.approx(largest.values.tolist(), abs=1e-4)
+
+
+@needs_sae_dashboard
+@pytest.mark.real_model
+@pytest.mark.parametrize("layer_class", [MxD, TopKTranscoder])
+def test_its_page_agrees_with_our_data_on_the_bundled_layers(layer_class, smollm2, tmp_path, nltk_data):  # noqa: F811
+    """As above, on running text: SAEDashboard's 20 firings, less repeated sequences, are how ours begin."""
+    try:
+        text = load_text("nltk:brown")
+    except LookupError:
+        pytest.skip("the nltk corpora are not on this machine")
+    release = "smollm2-135m-mxd" if layer_class is MxD else "smollm2-135m-transcoder"
+    sae = layer_class.from_pretrained(release, "blocks.11.mlp")
+    tokens = token_sequences(smollm2, text, 48, 64)
+    start = time.perf_counter()
+    statistics = expert_statistics(sae, smollm2, tokens, progress=False)
+    busy = (statistics.fired >= 2 * TOP).nonzero()[:, 0]
+    experts = busy[torch.linspace(0, len(busy) - 1, 12).long()].tolist()
+    settings = {"context": None, "statistics": statistics, "progress": False}
+    pages = run_sae_dashboard(sae, smollm2, tokens, experts, **settings)
+    theirs = time.perf_counter()
+    cfg = CollectionConfig(n_per_band=1, loss_effects=False)
+    data = collect_dashboard(sae, smollm2, tokens, experts, cfg=cfg, progress=False)
+    end = time.perf_counter()
+    page, n_tokens, n_firings = read_page(pages, tmp_path), 0, 0
+    for ours in data.experts:
+        drawn = page[str(ours.expert)]
+        check_sums(drawn, ours, data)
+        check_direction(pages, drawn, ours, smollm2)
+        n_tokens += check_tokens_shown(pages, drawn, ours.expert, tokens_in_excerpts(ours))
+        n_firings += check_one_a_sequence(shown(pages, ours.expert), ours)
+    logger.info(
+        f"{n_tokens} tokens and {n_firings} top firings of {experts} agree; SAEDashboard "
+        f"{theirs - start:.1f} s, ours {end - theirs:.1f} s."
+    )
 
 
 @needs_sae_dashboard

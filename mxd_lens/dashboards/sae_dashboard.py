@@ -190,10 +190,11 @@ def run_sae_dashboard(
         "ignore_tokens": set(special_token_ids(model, sae.cfg.metadata.exclude_special_tokens)),
         "verbose": progress,
     }
-    seen = SeenLayer(sae, _directions(sae, ids, statistics)), SeenModel(model)
+    settings = defaults | settings
+    seen = SeenLayer(sae, _directions(sae, ids, statistics)), SeenModel(model, settings["ignore_tokens"])
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it prints a table, empty
         warnings.filterwarnings("ignore", category=UserWarning, module="eindex")
-        data = runner(config(**(defaults | settings))).run(*seen, tokens=tokens)
+        data = runner(config(**settings)).run(*seen, tokens=tokens)
     data.model, data.encoder = model, sae
     return SaeDashboard(data, sae, *tokens.shape)
 
@@ -258,27 +259,42 @@ class SeenLayer:
         self.activation_fn = TopK(sae.cfg.d_sae)
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        return encode_to_read(self.sae, x.to(self.W_dec))
+        """a; 0 where the input is, which is at the tokens that `SeenModel` leaves out."""
+        return encode_to_read(self.sae, x.to(self.W_dec)) * x.any(-1, keepdim=True)
 
     def fold_W_dec_norm(self) -> None:
         """Nothing: the runner asks for it, and a row of an MxD's C is no direction."""
 
 
 class SeenModel:
-    """A model as SAEDashboard's runner reads it: its W_U has the final norm's weight in it.
+    """A model as SAEDashboard's runner reads it.
 
-    The runner multiplies directions with W_U, which is right where the norm is folded into it.
+    Its W_U has the final norm's weight in it: the runner multiplies directions with W_U, which is right where
+    the norm is folded into it. And what is read of it is 0 at ignored tokens: the runner leaves those out of
+    what it shows and of the density, but would count what an expert does there in its correlations.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, ignored: Iterable[int]) -> None:
         self._model = model
+        self._ignored = torch.tensor(sorted(ignored), dtype=torch.long)
         self.W_U = direction_logits(model, torch.eye(len(model.W_U), device=model.W_U.device))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def run_with_hooks(self, tokens: Int[Tensor, "sequences positions"], **settings: Any) -> Tensor:
-        return self._model.run_with_hooks(tokens.to(self._model.cfg.device), **settings)
+    def run_with_hooks(
+        self, tokens: Int[Tensor, "sequences positions"], fwd_hooks: list[tuple[str, Any]], **settings: Any
+    ) -> Tensor:
+        kept = ~torch.isin(tokens, self._ignored.to(tokens.device))
+
+        def of_kept(read: Any) -> Any:
+            def hook_fn(x: Tensor, hook: Any) -> None:
+                read(x * kept.view(*kept.shape, *[1] * (x.ndim - 2)).to(x.device), hook)
+
+            return hook_fn
+
+        hooks = [(name, of_kept(read)) for name, read in fwd_hooks]
+        return self._model.run_with_hooks(tokens.to(self._model.cfg.device), fwd_hooks=hooks, **settings)
 
 
 def _imported(module: str) -> Any:
