@@ -122,6 +122,11 @@ def take_apart(sae: SAE[Any], x: Float[Tensor, "tokens d_in"]) -> Parts:
     return Parts(coefficients, experts, directions, decoder_out, skip, sae.b_dec)
 
 
+def writes_directions(sae: SAE[Any]) -> bool:
+    """Whether an expert writes along its c_n at every token: v is 1, as in a transcoder or an SAE."""
+    return not isinstance(sae, PairedTranscoder) or type(sae).decoder_out is PairedTranscoder.decoder_out
+
+
 def expert_directions(sae: SAE[Any]) -> Float[Tensor, "d_sae d_out"]:
     """c_n for every expert: what a coefficient of 1 writes, where v is 1.
 

@@ -31,7 +31,7 @@ from mxd_lens import (
     top_experts,
 )
 from mxd_lens.models import SMOLLM2
-from mxd_lens.reading import contributions, layer_input, take_apart
+from mxd_lens.reading import contributions, layer_input, take_apart, writes_directions
 
 D_SAE = 40
 
@@ -135,6 +135,14 @@ def test_contributions_sum_to_the_output(layer, x):
     parts = take_apart(layer, x.flatten(0, 1))
     close(parts.output.view_as(x), layer(x) - layer.b_dec)
     close(parts.bias, layer.b_dec)
+
+
+def test_which_layers_write_directions(layer):
+    """An expert writes along one line at every token, or it does not."""
+    x = torch.randn(20, D_MODEL, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    written = torch.stack([written_by(layer, x, n) for n in range(D_SAE)])
+    ranks = [int(torch.linalg.matrix_rank(of, rtol=1e-9)) for of in written if of.any(-1).sum() > 1]
+    assert (max(ranks) == 1) == writes_directions(layer)
 
 
 def test_contributions_pass_a_gradient_to_the_input(x):

@@ -36,10 +36,9 @@ from sae_lens.saes.topk_sae import TopK
 from sae_lens.util import extract_layer_from_tlens_hook_name
 from torch import Tensor
 
-from mxd_lens.architectures.mxd import MxD
 from mxd_lens.experts import direction_logits
 from mxd_lens.hooks import check_fits, hook_names
-from mxd_lens.reading import encode_to_read, expert_directions, expert_ids, input_hook
+from mxd_lens.reading import encode_to_read, expert_directions, expert_ids, input_hook, writes_directions
 from mxd_lens.statistics import ExpertStatistics, expert_statistics
 from mxd_lens.training.activations import special_token_ids
 
@@ -180,9 +179,9 @@ def run_sae_dashboard(
     layout.seq_cfg.buffer = None if context is None else (context, context)
     settings = {"feature_centric_layout": layout} | settings
     _check_enough(tokens, settings["feature_centric_layout"].seq_cfg)
-    if isinstance(sae, MxD) and statistics is None:
+    if statistics is None and not writes_directions(sae):
         statistics = expert_statistics(sae, model, tokens, batch_size, progress=progress)
-    defaults = {
+    defaults: dict[str, Any] = {
         "hook_point": hook_point,
         "features": ids.tolist(),
         "minibatch_size_tokens": batch_size,
@@ -231,7 +230,7 @@ def _directions(
     sae: SAE[Any], ids: Int[Tensor, " n"], statistics: ExpertStatistics | None
 ) -> Float[Tensor, "d_sae d_out"]:
     """What a coefficient of 1 writes, for every expert; on average, where that depends on the token."""
-    if not isinstance(sae, MxD) or statistics is None:
+    if statistics is None or writes_directions(sae):
         return expert_directions(sae)
     statistics.check_is_of(sae)
     silent = ids[statistics.fired[ids] == 0].tolist()
