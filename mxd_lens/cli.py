@@ -1,5 +1,6 @@
 """The command line. Every command is one library call; nothing heavy is imported before it runs."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,8 @@ Text = Annotated[
     str,
     typer.Option(help="embedded, nltk:NAME, a text file or folder, or a data set on the Hugging Face hub."),
 ]
+LAYER = "The folder of a trained layer, or RELEASE:SAE_ID."
+NAMED = "Each NAME=FOLDER or NAME=RELEASE:SAE_ID; NAME= may be left out."
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
 Layer = Annotated[int, typer.Option(help="Which MLP; ignored where both hooks are given.")]
 
@@ -82,6 +85,9 @@ def train(
     device: Device = "cpu",
     dtype: Annotated[str, typer.Option(help="Of the layer: float32, bfloat16, float16.")] = "float32",
     checkpoints: Annotated[int, typer.Option(help="How many to write on the way; the last two stay.")] = 10,
+    hold_out: Annotated[
+        bool, typer.Option(help="Leave out the rows of the text that evaluate --held-out judges on.")
+    ] = False,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in OUTPUT.")] = False,
     wandb: Annotated[bool, typer.Option(help="Log to Weights & Biases.")] = False,
 ) -> None:
@@ -98,9 +104,13 @@ def train(
     )
     from mxd_lens.architectures import ARCHITECTURES
     from mxd_lens.architectures.skip import WithSkip
+    from mxd_lens.training.text import load_text, split_text
 
     steps = tokens // batch
     with errors_for_people():
+        if steps < 1:
+            raise ValueError(f"--tokens {tokens:,} are less than one batch of --batch {batch:,}.")
+        rows = split_text(load_text(text, streaming=False))[0] if hold_out else None
         known = {config.architecture(): (layer, config) for _, _, layer, config in ARCHITECTURES}
         if architecture not in known:
             raise ValueError(f"there is no {architecture}: choose from {', '.join(known)}.")
@@ -151,47 +161,52 @@ def train(
             resume_from_checkpoint="latest" if resume else None,
             logger=LoggingConfig(log_to_wandb=wandb),
         )
-        TranscoderTrainingRunner(cfg, override_model=language_model).run()
-    typer.echo(f"Saved in {output}. Judge it with: mxd-lens evaluate {output}")
+        TranscoderTrainingRunner(cfg, override_dataset=rows, override_model=language_model).run()
+    judge = f"--text {text} --held-out" if hold_out else "--text SOME-OTHER-TEXT"
+    typer.echo(f"Saved in {output}. Judge it with: mxd-lens evaluate {output} {judge}")
 
 
 @app.command()
 def evaluate(
-    layer: Annotated[Path, typer.Argument(help="The folder of a trained layer.")],
+    layer: Annotated[str, typer.Argument(help=LAYER)],
     model: Annotated[str, typer.Option(help="The language model. Default: the one it was trained on.")] = "",
     text: Text = "embedded",
     sequences: Annotated[int, typer.Option(help="How many sequences of the text to judge on.")] = 32,
-    skip: Annotated[int, typer.Option(help="How many rows of the text to skip first: held-out text.")] = 0,
+    skip: Annotated[int, typer.Option(help="How many rows of the text to skip first.")] = 0,
+    held_out: Annotated[
+        bool, typer.Option(help="Only the rows that train --hold-out, and the demo, leave out.")
+    ] = False,
     device: Device = "cpu",
     json: Annotated[Path | None, typer.Option(help="Write the report there.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page about it there.")] = None,
 ) -> None:
     """Judge a layer in the place of its MLP: errors, cross-entropies, and what the experts do of it."""
     from rich.console import Console
-    from sae_lens import SAE
 
     from mxd_lens import evaluate, load_model
 
     with errors_for_people():
-        sae = SAE.load_from_disk(layer, device=device)
+        name, sae = named_layer(layer, device)
+        if text == sae.cfg.metadata.dataset_path and not held_out and not skip:
+            typer.echo(f"The layer was trained on {text}: judge it on another, or --held-out.", err=True)
         language_model = load_model(model or sae.cfg.metadata.model_name, device)
-        tokens = read_as_trained(sae, language_model, text, skip, sequences)
+        tokens = read_as_trained(sae, language_model, text, skip, sequences, held_out)
         report = evaluate(sae, language_model, tokens.to(device))
         if json is not None:
             report.save(json)
         if html is not None:
             from mxd_lens.dashboards.run_page import read_history, write_run_page
 
-            write_run_page(html, f"{layer.name}: how faithful it is", read_history(layer), report)
+            write_run_page(html, f"{name}: how faithful it is", read_history(layer), report)
     Console().print(report)
 
 
 @app.command()
 def carry(
     output: Annotated[Path, typer.Argument(help="The folder to write to: index.html and carry.json.")],
-    layers: Annotated[list[Path], typer.Argument(help="The folders of trained layers, of one model.")],
+    layers: Annotated[list[str], typer.Argument(help=f"Layers of one model. {NAMED}")],
     again: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(help="The one layer trained again from another seed, to compare experts with."),
     ] = None,
     model: Annotated[str, typer.Option(help="The language model. Default: the one it was trained on.")] = "",
@@ -205,7 +220,6 @@ def carry(
     from dataclasses import replace
 
     from rich.console import Console
-    from sae_lens import SAE
 
     from mxd_lens import load_model
     from mxd_lens.dashboards.carry_page import write_carry_page
@@ -215,15 +229,13 @@ def carry(
     with errors_for_people():
         if again and len(layers) > 1:
             raise ValueError(f"--again is for one layer; {len(layers)} are given.")
-        saes = {layer.name: SAE.load_from_disk(layer, device=device) for layer in layers}
-        if len(saes) < len(layers):
-            raise ValueError("Two of the folders have the same name, which the page would mix up.")
+        saes = named_layers(layers, device)
         first = next(iter(saes.values()))
         language_model = load_model(model or first.cfg.metadata.model_name, device)
         tokens = read_as_trained(first, language_model, text, skip, sequences).to(device)
         reports = what_experts_carry(saes, language_model, tokens, judged)
         if again:
-            seeds = {str(folder): SAE.load_from_disk(folder, device=device) for folder in again}
+            seeds = {f"again: {layer}": named_layer(layer, device)[1] for layer in again}
             found = stability(saes | seeds, language_model, tokens)
             reports = {name: replace(report, stability=found) for name, report in reports.items()}
         output.mkdir(parents=True, exist_ok=True)
@@ -236,7 +248,7 @@ def carry(
 
 @app.command()
 def steer(
-    layer: Annotated[str, typer.Argument(help="The folder of a trained layer, or a release.")],
+    layer: Annotated[str, typer.Argument(help=LAYER)],
     expert: Annotated[int, typer.Option(help="Which expert.")],
     sae_id: Annotated[str, typer.Option(help="Which layer of a release; of a folder, the subfolder.")] = "",
     coefficient: Annotated[float, typer.Option(help="By what the expert's coefficient is changed.")] = 100.0,
@@ -288,9 +300,7 @@ def compare(
     output: Annotated[Path, typer.Argument(help="The HTML file to write.")],
     layers: Annotated[
         list[str],
-        typer.Argument(
-            help="Layers of one MLP, each NAME=FOLDER or NAME=RELEASE:SAE_ID; NAME= may be left out."
-        ),
+        typer.Argument(help=f"Layers of one MLP. {NAMED}"),
     ],
     prompt: Annotated[str, typer.Option(help="The text to take apart.")],
     text: Annotated[
@@ -313,11 +323,7 @@ def compare(
     from mxd_lens.dashboards.comparison_page import write_comparison_page
 
     with errors_for_people():
-        saes = dict(named_layer(layer, device) for layer in layers)
-        if len(saes) < len(layers):
-            raise ValueError(
-                f"two of these layers have one name: write NAME=FOLDER. Got {', '.join(layers)}."
-            )
+        saes = named_layers(layers, device)
         first = next(iter(saes.values()))
         language_model = load_model(model or first.cfg.metadata.model_name, device)
         tokens = None
@@ -331,7 +337,7 @@ def compare(
 
 @app.command()
 def dashboard(
-    layer: Annotated[str, typer.Argument(help="The folder of a trained layer, or a release.")],
+    layer: Annotated[str, typer.Argument(help=LAYER)],
     output: Annotated[Path, typer.Argument(help="The folder to write; an interrupted run goes on there.")],
     sae_id: Annotated[str, typer.Option(help="Which layer of a release; of a folder, the subfolder.")] = "",
     experts: Annotated[
@@ -444,9 +450,7 @@ def frontier(
 
 @app.command()
 def probe(
-    layers: Annotated[
-        list[str], typer.Argument(help="Folders of trained layers; RELEASE:SAE_ID for one of a release.")
-    ],
+    layers: Annotated[list[str], typer.Argument(help=f"Layers of one model. {NAMED}")],
     tasks: Annotated[
         str,
         typer.Option(help="Which tasks; beside the default ones, which need no network, there are hub's."),
@@ -463,20 +467,11 @@ def probe(
 ) -> None:
     """Probe layers: how well one expert, or a few, tell the classes of a text apart."""
     from rich.console import Console
-    from sae_lens import SAE
 
     from mxd_lens import load_model, sparse_probing
 
     with errors_for_people():
-        saes: dict[str, SAE] = {}
-        for layer in layers:
-            folder = Path(layer).expanduser()
-            release, colon, sae_id = layer.rpartition(":")
-            if folder.is_dir() or not colon:
-                name = folder.resolve().name
-                saes[layer if name in saes else name] = SAE.load_from_disk(folder, device=device)
-            else:
-                saes[layer] = SAE.from_pretrained(release, sae_id, device=device)
+        saes = named_layers(layers, device)
         first = next(iter(saes.values()))
         language_model = load_model(model or first.cfg.metadata.model_name, device)
         result = sparse_probing(
@@ -508,43 +503,58 @@ def pretrained() -> None:
     Console().print(list_pretrained())
 
 
-def load_layer(
-    layer: str, sae_id: str, device: str, how: str = "for a layer of a release give --sae-id too."
-) -> tuple[Any, str | tuple[str, str]]:
+def load_layer(layer: str, sae_id: str, device: str) -> tuple[Any, str | tuple[str, str]]:
     """A layer that a command names, and where it was loaded from: a folder, or a release and an id.
 
     Raises:
-        FileNotFoundError: there is no such folder, and no id for a release; `how` says how one is named.
+        FileNotFoundError: there is no such folder, and no id for a release.
     """
     from sae_lens import SAE
 
     folder = Path(layer).expanduser() / sae_id
     if folder.is_dir():
         return SAE.load_from_disk(folder, device=device), str(folder)
-    if not sae_id:
-        raise FileNotFoundError(f"{folder} is not a folder; {how}")
-    return SAE.from_pretrained(layer, sae_id, device=device), (layer, sae_id)
+    release, _, its_id = (layer, "", sae_id) if sae_id else layer.partition(":")
+    if not its_id:
+        from mxd_lens.pretrained.registry import list_pretrained
+
+        known = [of.sae_id for of in list_pretrained() if of.release == layer]
+        listed = f" The layers of {layer}: {', '.join(known)}." if known else ""
+        raise FileNotFoundError(f"{folder} is not a folder; a layer of a release is RELEASE:SAE_ID.{listed}")
+    return SAE.from_pretrained(release, its_id, device=device), (release, its_id)
 
 
 def named_layer(given: str, device: str) -> tuple[str, Any]:
     """A layer and its name, from FOLDER or RELEASE:SAE_ID, with NAME= before it or named by its end."""
     is_folder = Path(given).expanduser().is_dir()
     name, _, where = ("", "", given) if is_folder or "=" not in given else given.partition("=")
-    release, colon, sae_id = where.partition(":")
-    if Path(where).expanduser().is_dir() or not colon:
-        release, sae_id = where, ""
-    layer, _ = load_layer(release, sae_id, device, "a layer of a release is RELEASE:SAE_ID.")
-    return name or Path(where).name, layer
+    layer, source = load_layer(where, "", device)
+    return name or (Path(source).resolve() if isinstance(source, str) else Path(where)).name, layer
 
 
-def read_as_trained(sae: Any, model: Any, text: str, skip: int, sequences: int) -> Any:
+def named_layers(given: Sequence[str], device: str) -> dict[str, Any]:
+    """Several layers by name.
+
+    Raises:
+        ValueError: two have one name.
+    """
+    layers = dict(named_layer(layer, device) for layer in given)
+    if len(layers) < len(given):
+        raise ValueError(f"two of these layers have one name: write NAME=FOLDER. Got {', '.join(given)}.")
+    return layers
+
+
+def read_as_trained(
+    sae: Any, model: Any, text: str, skip: int, sequences: int, held_out: bool = False
+) -> Any:
     """Token sequences of a text, of the length the layer was trained on, and with BOS where it had it."""
-    from mxd_lens.training.text import load_text, token_sequences
+    from mxd_lens.training.text import load_text, split_text, token_sequences
 
     metadata = sae.cfg.metadata
+    rows = split_text(load_text(text, streaming=False))[1] if held_out else load_text(text)
     return token_sequences(
         model,
-        load_text(text).skip(skip),
+        rows.skip(skip),
         sequences,
         metadata.context_size or 128,
         prepend_bos=metadata.prepend_bos is not False,

@@ -98,7 +98,8 @@ def run_demo(
         report,
         texts,
         {
-            "training": f"{cfg.training_tokens:,} tokens, {len(train) * 128:,} of them different",
+            "training": f"{cfg.training_tokens:,} tokens, "
+            f"{min(cfg.training_tokens, len(train) * 128):,} of them different",
             "experts": f"{mxd.cfg.d_sae:,}, {k} active on a token; d_hidden {mxd.cfg.d_hidden:,}",
             "time": f"{minutes:.1f} minutes until the layer was saved, "
             f"{(time.monotonic() - started) / 60:.1f} in all",

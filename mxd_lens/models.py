@@ -89,6 +89,13 @@ def load_model(
     elif is_local:
         model = _hooked_transformer_from_folder(folder, device, torch_dtype, model_class)
     else:
+        known = transformer_lens_loading.make_model_alias_map()
+        if str(name).lower() not in known:
+            near = difflib.get_close_matches(str(name).lower(), [SMOLLM2, *known], n=5)
+            raise ValueError(
+                f"TransformerLens knows no model {str(name)!r}. "
+                + (f"Near: {', '.join(near)}." if near else "transformer_lens.supported_models lists them.")
+            )
         with _quiet():
             model = model_class.from_pretrained_no_processing(str(name), device=device, dtype=torch_dtype)
     model.cfg.model_name = SMOLLM2 if str(name) == SMOLLM2 else model.cfg.model_name

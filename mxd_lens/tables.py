@@ -1,6 +1,8 @@
 """Results that are a table: readable in a terminal and in a notebook, and a data frame on request."""
 
 import math
+import os
+import sys
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
@@ -16,6 +18,10 @@ Cell = str | int | float
 """Text, a count or an id, or a measured number."""
 
 
+WIDTH = 160
+"""Of a table that is printed into a file, a pipe or a notebook, at most."""
+
+
 class Printable:
     """What prints as a table, by `print` as by `rich.print`. Subclasses give `__rich__`."""
 
@@ -23,7 +29,9 @@ class Printable:
         raise NotImplementedError
 
     def __str__(self) -> str:
-        console = Console(force_terminal=False, force_jupyter=False)  # text alone: no colours, no HTML
+        # Text alone, no colours and no HTML. Only a terminal, or who says so, has a width to keep to.
+        width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDTH
+        console = Console(force_terminal=False, force_jupyter=False, width=width)
         with console.capture() as written:
             console.print(self)
         return written.get().rstrip("\n")
@@ -64,7 +72,8 @@ class Tabular(Printable):
         table = Table(title=Text(self.title))
         for i, column in enumerate(self.columns):
             is_text = all(isinstance(row[i], str) for row in rows)
-            table.add_column(Text(column), justify="left" if is_text else "right")
+            # Folded where there is no room: a number that is cut off reads as another.
+            table.add_column(Text(column), justify="left" if is_text else "right", overflow="fold")
         for row in rows:
             table.add_row(*(Text(shown(cell)) for cell in row))
         return table

@@ -10,8 +10,10 @@ from conftest import D_MODEL, HOOK_IN, HOOK_OUT
 from sae_lens import SAE
 from typer.testing import CliRunner
 
-from mxd_lens import MxD, __version__
-from mxd_lens.cli import app
+import mxd_lens
+from mxd_lens import MxD, TranscoderTrainingRunner, __version__
+from mxd_lens.cli import app, named_layer, named_layers
+from mxd_lens.training.text import token_sequences
 
 COMMANDS = [
     "train",
@@ -76,7 +78,7 @@ def test_carry(small, text_file, tmp_path):
     run("carry", out, one, other, *options)
     assert list(json.loads((out / "carry.json").read_text())) == ["one", "other"]
     assert "--again is for one layer" in run("carry", out, one, other, "--again", one, code=1).output
-    assert "have the same name" in run("carry", out, one, one, code=1).output
+    assert "two of these layers have one name" in run("carry", out, one, one, code=1).output
 
 
 @pytest.mark.parametrize(
@@ -154,7 +156,8 @@ def test_steer(small, tmp_path):
     assert len(known["steered"]) == len(known["unsteered"]) == 2
     assert "expert 40 does not exist: there are 40" in run("steer", out, "--expert", 40, code=1).output
     assert "mode must be one of" in run("steer", out, "--expert", 3, "--mode", "x", code=1).output
-    assert "give --sae-id too" in run("steer", tmp_path / "none", "--expert", 3, code=1).output
+    missing = run("steer", tmp_path / "none", "--expert", 3, code=1).output
+    assert "is not a folder; a layer of a release is RELEASE:SAE_ID." in missing
 
 
 def test_probe(small, tmp_path, words, monkeypatch):
@@ -177,6 +180,45 @@ def test_probe(small, tmp_path, words, monkeypatch):
     assert (
         "no probing task 'x'" in run("probe", out, "--tasks", "x", "--k", 1, "--candidates", 9, code=1).output
     )
+
+
+def test_rows_that_are_held_out(small, text_file, tmp_path, monkeypatch):
+    """train --hold-out leaves out the very rows that evaluate --held-out judges on."""
+    trained, judged = [], []
+
+    class Runner(TranscoderTrainingRunner):
+        def __init__(self, cfg, override_dataset=None, **others):
+            trained.append(override_dataset)
+            super().__init__(cfg, override_dataset=override_dataset, **others)
+
+    def sequences(model, rows, *settings, **others):
+        judged.append(rows)
+        return token_sequences(model, rows, *settings, **others)
+
+    monkeypatch.setattr(mxd_lens, "TranscoderTrainingRunner", Runner)
+    monkeypatch.setattr(mxd_lens.training.text, "token_sequences", sequences)
+    out, text = tmp_path / "mxd", ["--text", text_file, "--sequences", 2]
+    assert f"evaluate {out} --text {text_file} --held-out" in run("train", out, *small, "--hold-out").output
+    assert "judge it on another, or --held-out" in run("evaluate", out, *text).output
+    assert "judge it on another" not in run("evaluate", out, *text, "--held-out").output
+    everything, held_out = (set(rows["text"]) for rows in judged)
+    assert not held_out & set(trained[0]["text"])
+    assert held_out | set(trained[0]["text"]) == everything
+    run("train", tmp_path / "all", *small)
+    assert trained[1] is None
+
+
+def test_layers_are_named_alike_everywhere(small, tmp_path):
+    out = tmp_path / "mxd"
+    run("train", out, *small)
+    name, layer = named_layer(f"{out}", "cpu")
+    assert (name, type(layer)) == ("mxd", MxD)
+    assert named_layer(f"mine={out}", "cpu")[0] == "mine"
+    name, layer = named_layer("smollm2-135m-mxd:blocks.11.mlp", "cpu")
+    assert (name, layer.cfg.d_sae) == ("smollm2-135m-mxd:blocks.11.mlp", 5888)
+    assert list(named_layers([f"a={out}", f"b={out}"], "cpu")) == ["a", "b"]
+    with pytest.raises(FileNotFoundError, match=r"The layers of smollm2-135m-mxd: blocks\.11\.mlp\."):
+        named_layer("smollm2-135m-mxd", "cpu")
 
 
 def test_evaluate_says_what_is_wrong_with_a_folder(tmp_path):

@@ -99,6 +99,15 @@ def test_called_again_it_trains_only_what_is_new(sweep, monkeypatch: pytest.Monk
     assert reports(sweep(ks=[4])) == reports(again)
 
 
+@pytest.mark.parametrize("first", ["topk_sae", "mxd"])
+def test_an_sae_alone_joins_a_sweep(sweep, first: str) -> None:
+    """It reads outputs alone, and keeps activations of its own."""
+    other = {"topk_sae": "mxd", "mxd": "topk_sae"}[first]
+    sweep(ks=[2], contenders={first: CONTENDERS[first]})
+    both = reports(sweep(ks=[2], contenders={other: CONTENDERS[other]}))
+    assert both == reports(sweep("at once", ks=[2], contenders={n: CONTENDERS[n] for n in (first, other)}))
+
+
 @pytest.mark.parametrize("layers_at_once", [3, 100])
 def test_interrupted_it_goes_on(sweep, monkeypatch: pytest.MonkeyPatch, layers_at_once: int) -> None:
     whole = sweep("whole", ks=[2])

@@ -62,7 +62,7 @@ def test_loading_is_quiet(tiny_folder: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_an_unknown_name() -> None:
-    with pytest.raises(ValueError, match="no-such-model not found"):
+    with pytest.raises(ValueError, match=r"no model 'no-such-model'\. "):
         load_model("no-such-model")
 
 
@@ -70,6 +70,11 @@ def test_an_unknown_name() -> None:
 def test_a_path_that_is_not_there(name: str) -> None:
     with pytest.raises(FileNotFoundError, match="nothing"):
         load_model(name)
+
+
+def test_a_name_with_a_typo() -> None:
+    with pytest.raises(ValueError, match=r"no model 'smollm2-135m-instuct'\. Near: smollm2-135m-instruct, "):
+        load_model("smollm2-135m-instuct")
 
 
 def test_a_folder_without_a_model(tmp_path: Path) -> None:

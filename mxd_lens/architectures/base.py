@@ -486,11 +486,16 @@ class PairedTranscoder(Transcoder):
         folder = Path(release).expanduser() / (sae_id or "")
         if folder.is_dir():
             return cls.load_from_disk(folder, device=device, dtype=dtype)
+        directory = pretrained_saes_directory.get_pretrained_saes_directory()
+        if sae_id is None and release in directory:
+            ids = ", ".join(list(directory[str(release)].saes_map)[:5])
+            raise FileNotFoundError(
+                f"{release} is a release: name the layer too, by its sae_id. It has {ids}."
+            )
         if sae_id is None or isinstance(release, Path) or Path(release).exists():
             raise FileNotFoundError(
                 f"{folder} is not a folder; a release on the hub is named by its release and sae_id."
             )
-        directory = pretrained_saes_directory.get_pretrained_saes_directory()
         if "converter" in kwargs or "/" not in release or release in directory:
             with hub_errors(release):
                 return super().from_pretrained(

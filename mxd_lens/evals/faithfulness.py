@@ -96,7 +96,7 @@ class FaithfulnessReport(Printable):
             title=f"{self.model_name}: {self.hook_name} -> {self.hook_name_out}, {self.n_tokens:,} tokens"
         )
         for column in ("", "the layer", "mean gate", "shuffled gate", "unmodified", "zero ablated"):
-            table.add_column(column, justify="right" if column else "left")
+            table.add_column(column, justify="right" if column else "left", overflow="fold")
         table.add_row(
             "normalised MSE",
             f"{self.normalized_mse:.3f}",

@@ -182,10 +182,10 @@ class Frontier(Printable):
     def __rich__(self) -> Table:
         table = Table(title=f"{self.settings['model_name']}: the sparsity-accuracy frontier")
         for column in ("layer", "K", "", "parameters"):
-            table.add_column(column, justify="left" if not column else "right")
+            table.add_column(column, justify="left" if not column else "right", overflow="fold")
         for text in self.texts:
             for column in ("normalised MSE", "feature share", "cross-entropy +", "dead"):
-                table.add_column(f"{column}\n{text}", justify="right")
+                table.add_column(f"{column}\n{text}", justify="right", overflow="fold")
         for point in sorted(self.points, key=lambda point: (point.layer, point.k)):
             row = [str(point.layer), str(point.k), point.architecture, f"{point.n_parameters:,}"]
             for report in point.reports.values():
@@ -258,6 +258,10 @@ def frontier(
         raise ValueError("There is nothing to compare: no layers, no ks, no contenders or no seeds.")
     output = Path(output)
     steps = training_tokens // batch
+    # A sweep of SAEs alone keeps no inputs: another one cannot go on with its activations.
+    cached = "-".join(map(str, sorted({point.layer for point in points})))
+    if all(contender.reads == "output" for contender in contenders.values()):
+        cached += "-outputs"
     shared = {
         "model_name": model.cfg.model_name,
         "dataset_path": text_name or "given as override_dataset",
@@ -268,9 +272,7 @@ def frontier(
         "lr_decay_steps": steps // 2,
         "standardize_activations": True,
         "use_cached_activations": True,
-        "cached_activations_path": str(
-            output / "activations" / "-".join(map(str, sorted({point.layer for point in points})))
-        ),
+        "cached_activations_path": str(output / "activations" / cached),
         "n_checkpoints": 4,
         "n_checkpoints_kept": 1,
     } | dict(run_settings or {})

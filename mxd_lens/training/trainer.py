@@ -32,7 +32,7 @@ class TrainingInterrupted(KeyboardInterrupt):
     def __init__(self, checkpoint: Path | None) -> None:
         self.checkpoint = checkpoint
         super().__init__(
-            f"Interrupted. Saved in {checkpoint}: resume_from_checkpoint goes on from there."
+            f"Interrupted. Saved in {checkpoint}: resume_from_checkpoint, or --resume, goes on from there."
             if checkpoint
             else "Interrupted. Nothing was saved: the run has no checkpoint_path."
         )
