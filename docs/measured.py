@@ -231,6 +231,7 @@ def version_of(name: str, pinned: dict[str, str]) -> str:
 layer12 = read(RESULTS / "smollm2-135m-layer12" / "report.json")
 mxd11, transcoder11 = bundled("smollm2-135m-mxd"), bundled("smollm2-135m-transcoder")
 frontier = Frontier(layer=12, text="WikiText-2")
+carry12 = vars(read(RESULTS / "carry-smollm2-135m" / "layer12.json"))
 frontier2, brown2 = Frontier(layer=2, text="WikiText-2"), Frontier(layer=2, text="Brown")
 gpt2 = {result.name: result for result in read(RESULTS / "train-step" / "gpt2.json").results}
 ablation = read(RESULTS / "smollm2-135m-ablation" / "ablation.json")
@@ -256,6 +257,7 @@ NAMES = {
     "frontier": frontier,
     "frontier2": frontier2,
     "brown2": brown2,
+    "carry12": carry12,
     "gpt2": gpt2,
     "ablation": ablation,
     "tables": tables,
