@@ -49,6 +49,7 @@ def configs(model: Any, n: int, layer: int, tokens: int) -> dict[str, Transcoder
             standardize_activations=True,
             n_checkpoints=0,
             save_final_checkpoint=False,
+            output_path=None,
         )
         for i, (k, (name, contender)) in enumerate(members)
     }
