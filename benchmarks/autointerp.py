@@ -11,9 +11,8 @@ that was interrupted goes on.
 
 import argparse
 import math
-from collections.abc import Iterator
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import stdev
 from typing import Any
 
 from rich.console import Console
@@ -53,21 +52,14 @@ def main() -> None:
     table = Table("", "scored", *TASKS)
     for name, result in found.items():
         cells = [f"{m:.2f} ± {error:.2f}" for m, error in (spread(result, task) for task in TASKS)]
-        table.add_row(name, f"{len(list(scored(result, 'detection')))} of {args.experts}", *cells)
+        table.add_row(name, f"{len(result.accuracies('detection'))} of {args.experts}", *cells)
     Console().print(table)
-
-
-def scored(result: Autointerp, task: Task) -> Iterator[float]:
-    """The balanced accuracy of each expert that has one."""
-    for interpretation in result.interpretations:
-        if not math.isnan(accuracy := interpretation.accuracy(task)):
-            yield accuracy
 
 
 def spread(result: Autointerp, task: Task) -> tuple[float, float]:
     """Mean and standard error over experts."""
-    accuracies = list(scored(result, task))
-    return mean(accuracies), stdev(accuracies) / len(accuracies) ** 0.5
+    accuracies = result.accuracies(task)
+    return result.mean(task), stdev(accuracies) / len(accuracies) ** 0.5
 
 
 def scores(result: Autointerp) -> dict[str, Any]:

@@ -288,9 +288,13 @@ class Autointerp(Printable):
 
     def mean(self, task: Task) -> float:
         """The mean balanced accuracy over the experts that have one; NaN without any."""
-        accuracies = [i.accuracy(task) for i in self.interpretations]
-        known = [a for a in accuracies if not math.isnan(a)]
+        known = self.accuracies(task)
         return mean(known) if known else math.nan
+
+    def accuracies(self, task: Task) -> list[float]:
+        """The balanced accuracy of each expert that has one."""
+        found = [i.accuracy(task) for i in self.interpretations]
+        return [a for a in found if not math.isnan(a)]
 
 
 def _shown(share: float) -> str:
