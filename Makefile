@@ -11,13 +11,13 @@ INSTALLED := $(VENV)/.installed
 LOWEST := .venv-lowest
 LOWEST_PIP := $(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check \
 	--constraint constraints-lowest.txt
-LOWEST_TESTS := tests/test_loading.py tests/test_pretrained.py tests/test_bundled.py tests/test_attach.py \
-	tests/test_transcoders.py
+LOWEST_TESTS := tests/architectures/test_loading.py tests/pretrained/test_pretrained.py tests/pretrained/test_bundled.py tests/hooks/test_attach.py \
+	tests/architectures/test_transcoders.py
 
 TOOLS := .venv-tools
 TOOLS_PIP := $(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check \
 	--constraint constraints.txt
-TOOLS_TESTS := tests/test_sae_dashboard.py tests/test_saebench.py
+TOOLS_TESTS := tests/adapters/test_sae_dashboard.py tests/adapters/test_saebench.py
 
 PACKAGE := .venv-package
 PACKAGE_PIP := $(PACKAGE)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt

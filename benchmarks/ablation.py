@@ -19,7 +19,7 @@ from tqdm import trange
 from benchmarks.wikitext import BOS
 from mxd_lens import load_model
 from mxd_lens.models import SMOLLM2
-from mxd_lens.training.text import load_text, token_sequences
+from mxd_lens.text import load_text, token_sequences
 
 
 @torch.no_grad()

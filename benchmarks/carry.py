@@ -21,10 +21,10 @@ from sae_lens import SAE
 from benchmarks.wikitext import HELD_OUT, wikitext_sequences
 from mxd_lens import load_model
 from mxd_lens.cli import integers
-from mxd_lens.dashboards.carry_page import write_carry_page, write_carry_png
-from mxd_lens.evals.carry import CarryReport, load_carry, save_carry, what_experts_carry
+from mxd_lens.evals.ablation import CarryReport, load_carry, save_carry, what_experts_carry
 from mxd_lens.evals.stability import stability
 from mxd_lens.models import SMOLLM2
+from mxd_lens.reports.ablation import write_carry_page, write_carry_png
 
 K = 32
 NAMES = {

@@ -24,13 +24,13 @@ from rich.table import Table
 from benchmarks.train_step import Setting, added_resident_bytes, machine
 from mxd_lens import MxD, load_model
 from mxd_lens.cli import integers
-from mxd_lens.dashboards import collection
-from mxd_lens.dashboards.collection import collect_dashboard
-from mxd_lens.dashboards.data import CollectionConfig, DashboardData
-from mxd_lens.dashboards.excerpts import Chosen
-from mxd_lens.dashboards.firings import Firings
+from mxd_lens.dashboards.collect import collection
+from mxd_lens.dashboards.collect.collection import collect_dashboard
+from mxd_lens.dashboards.collect.data import CollectionConfig, DashboardData
+from mxd_lens.dashboards.collect.excerpts import Chosen
+from mxd_lens.dashboards.collect.firings import Firings
 from mxd_lens.models import SMOLLM2
-from mxd_lens.training.text import load_text, token_sequences
+from mxd_lens.text import load_text, token_sequences
 
 RELEASE, SAE_ID = "smollm2-135m-mxd", "blocks.11.mlp"
 CONTEXT = 128

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from benchmarks.wikitext import BOS, wikitext_sequences
 from mxd_lens import ExpertStatistics, MxD, ablate, load_model, logit_lens, steer
-from mxd_lens.dashboards.page import write_page
-from mxd_lens.experts import nearest_neurons, spectrum
+from mxd_lens.analysis.decomposition import active_experts, layer_input
+from mxd_lens.analysis.weights import nearest_neurons, spectrum
+from mxd_lens.artifacts.page import write_page
+from mxd_lens.artifacts.tables import Tabular
 from mxd_lens.models import SMOLLM2
-from mxd_lens.reading import active_experts, layer_input
-from mxd_lens.tables import Tabular
-from mxd_lens.training.text import load_text, split_text, token_sequences
+from mxd_lens.text import load_text, split_text, token_sequences
 
 RELEASE, SAE_ID = "smollm2-135m-mxd", "blocks.11.mlp"
 MONTHS = "January|February|March|April|May|June|July|August|September|October|November|December"

@@ -22,10 +22,10 @@ from sae_lens.saes.sae import TrainingSAEConfig
 from benchmarks.wikitext import BOS, HELD_OUT, wikitext_sequences
 from mxd_lens import frontier, load_model
 from mxd_lens.cli import integers
-from mxd_lens.dashboards.frontier_page import write_frontier_page, write_frontier_png
 from mxd_lens.evals.frontier import CONTENDERS, Contender, Size
 from mxd_lens.models import SMOLLM2
-from mxd_lens.training.text import load_text, token_sequences
+from mxd_lens.reports.frontier import write_frontier_page, write_frontier_png
+from mxd_lens.text import load_text, token_sequences
 
 TRAINING_TOKENS = 2**20
 

@@ -20,7 +20,7 @@ from plotly.subplots import make_subplots
 
 from benchmarks.contestants import Size
 from benchmarks.train_step import Report, Result, rows, size_title
-from mxd_lens.dashboards.page import BLUE, GREEN, GREY, ORANGE, RED, style, write_page
+from mxd_lens.artifacts.page import BLUE, GREEN, GREY, ORANGE, RED, style, write_page
 
 COLOURS = {
     "reference MxD": RED,

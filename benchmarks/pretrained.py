@@ -20,16 +20,16 @@ from torch import Tensor
 
 from benchmarks.wikitext import BOS, CONTEXT, HELD_OUT, wikitext_sequences
 from mxd_lens import ExpertStatistics, FaithfulnessReport, TranscoderRunnerConfig, load_model
+from mxd_lens.analysis.decomposition import active_experts, layer_input
 from mxd_lens.architectures.base import PairedTranscoder
 from mxd_lens.architectures.saved import read_json
 from mxd_lens.evals.faithfulness import evaluate_all
 from mxd_lens.evals.frontier import CONTENDERS, Size
 from mxd_lens.models import SMOLLM2
-from mxd_lens.pretrained.card import model_card, training_settings
+from mxd_lens.pretrained.model_card import model_card, training_settings
 from mxd_lens.pretrained.registry import REPORT_FILENAME
-from mxd_lens.reading import active_experts, layer_input
+from mxd_lens.text import load_text, split_text, token_sequences
 from mxd_lens.training.multi_runner import MultiTranscoderTrainingRunner
-from mxd_lens.training.text import load_text, split_text, token_sequences
 
 RELEASES = {"mxd": "smollm2-135m-mxd", "topk_transcoder": "smollm2-135m-transcoder"}
 TRANSCODER_WIDTH = 8192

@@ -13,9 +13,9 @@ from rich.console import Console
 from sae_lens import SAE
 
 from mxd_lens import load_model, sparse_probing
-from mxd_lens.dashboards.probing_page import write_probing_page, write_probing_png
 from mxd_lens.evals.frontier import CONTENDERS
 from mxd_lens.models import SMOLLM2
+from mxd_lens.reports.probing import write_probing_page, write_probing_png
 
 
 def main() -> None:

@@ -20,10 +20,10 @@ from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 
 from benchmarks.wikitext import BOS, wikitext_sequences
 from mxd_lens import load_model
-from mxd_lens.dashboards.steering_page import write_steering_page, write_steering_png
+from mxd_lens.analysis.decomposition import active_experts, layer_input
 from mxd_lens.evals.steering_scores import matched_coefficient, steering_scores
 from mxd_lens.models import SMOLLM2
-from mxd_lens.reading import active_experts, layer_input
+from mxd_lens.reports.steering import write_steering_page, write_steering_png
 
 SEQUENCES = 64
 

@@ -21,8 +21,8 @@ from benchmarks.train_step import Setting, machine
 from mxd_lens import TranscoderRunnerConfig, TranscoderTrainingRunner, load_model
 from mxd_lens.evals.frontier import CONTENDERS, Size
 from mxd_lens.models import SMOLLM2
+from mxd_lens.text import EMBEDDED, load_text, token_sequences
 from mxd_lens.training.multi_runner import MultiTranscoderTrainingRunner
-from mxd_lens.training.text import EMBEDDED, load_text, token_sequences
 
 KS = (8, 16, 32, 64, 128, 256)
 BATCH = 2048

@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
+    from mxd_lens.adapters.saelens_metrics import saelens_metrics
+    from mxd_lens.analysis.decomposition import find_experts, top_experts
+    from mxd_lens.analysis.statistics import ExpertStatistics, expert_statistics
+    from mxd_lens.analysis.weights import logit_lens
     from mxd_lens.architectures import (
         JumpReLUSkipTranscoder,
         MxD,
@@ -32,23 +36,19 @@ if TYPE_CHECKING:
         matched_n_experts,
         matched_n_features,
     )
-    from mxd_lens.dashboards.pages import build_dashboard
+    from mxd_lens.dashboards.render import build_dashboard
+    from mxd_lens.evals.ablation import CarryReport, what_experts_carry
     from mxd_lens.evals.autointerp import autointerp
-    from mxd_lens.evals.carry import CarryReport, what_experts_carry
     from mxd_lens.evals.faithfulness import FaithfulnessReport, evaluate
     from mxd_lens.evals.frontier import frontier
-    from mxd_lens.evals.probing import sparse_probing
-    from mxd_lens.evals.saelens_metrics import saelens_metrics
+    from mxd_lens.evals.probing.probing import sparse_probing
     from mxd_lens.evals.stability import stability
-    from mxd_lens.experts import logit_lens
-    from mxd_lens.hooks import replacement_hooks
-    from mxd_lens.interventions import ablate, steer
+    from mxd_lens.hooks.replace import replacement_hooks
+    from mxd_lens.hooks.steer import ablate, steer
     from mxd_lens.models import load_model
+    from mxd_lens.pretrained.formats.paper import load_reference_checkpoint
     from mxd_lens.pretrained.hub import push_to_hub
-    from mxd_lens.pretrained.reference import load_reference_checkpoint
     from mxd_lens.pretrained.registry import list_pretrained, register_release
-    from mxd_lens.reading import find_experts, top_experts
-    from mxd_lens.statistics import ExpertStatistics, expert_statistics
     from mxd_lens.training.activations import PairedActivationsStore
     from mxd_lens.training.runner import TranscoderRunnerConfig, TranscoderTrainingRunner
 
@@ -57,24 +57,26 @@ __version__ = "0.1.0"
 _MODULES = (
     "architectures",
     "models",
-    "hooks",
-    "interventions",
+    "hooks.replace",
+    "hooks.steer",
     "pretrained.hub",
-    "pretrained.reference",
+    "pretrained.formats.paper",
     "pretrained.registry",
-    "reading",
-    "statistics",
-    "experts",
+    "analysis.decomposition",
+    "analysis.statistics",
+    "analysis.weights",
+    "analysis.card",
     "training.activations",
+    "training.config",
     "training.runner",
     "evals.faithfulness",
     "evals.frontier",
-    "evals.carry",
+    "evals.ablation",
     "evals.stability",
-    "evals.saelens_metrics",
+    "adapters.saelens_metrics",
     "evals.autointerp",
-    "dashboards.pages",
-    "evals.probing",
+    "dashboards.render",
+    "evals.probing.probing",
 )
 
 __all__ = [
@@ -106,6 +108,7 @@ __all__ = [
     "autointerp",
     "build_dashboard",
     "evaluate",
+    "expert_card",
     "expert_statistics",
     "find_experts",
     "frontier",

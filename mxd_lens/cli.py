@@ -104,7 +104,7 @@ def train(
     )
     from mxd_lens.architectures import ARCHITECTURES
     from mxd_lens.architectures.skip import WithSkip
-    from mxd_lens.training.text import load_text, split_text
+    from mxd_lens.text import load_text, split_text
 
     steps = tokens // batch
     with errors_for_people():
@@ -195,7 +195,7 @@ def evaluate(
         if json is not None:
             report.save(json)
         if html is not None:
-            from mxd_lens.dashboards.run_page import read_history, write_run_page
+            from mxd_lens.reports.run import read_history, write_run_page
 
             write_run_page(html, f"{name}: how faithful it is", read_history(layer), report)
     Console().print(report)
@@ -222,9 +222,9 @@ def carry(
     from rich.console import Console
 
     from mxd_lens import load_model
-    from mxd_lens.dashboards.carry_page import write_carry_page
-    from mxd_lens.evals.carry import save_carry, what_experts_carry
+    from mxd_lens.evals.ablation import save_carry, what_experts_carry
     from mxd_lens.evals.stability import stability
+    from mxd_lens.reports.ablation import write_carry_page
 
     with errors_for_people():
         if again and len(layers) > 1:
@@ -319,8 +319,8 @@ def compare(
     from rich.console import Console
 
     from mxd_lens import load_model
-    from mxd_lens.dashboards.comparison import compare
-    from mxd_lens.dashboards.comparison_page import write_comparison_page
+    from mxd_lens.evals.comparison import compare
+    from mxd_lens.reports.comparison import write_comparison_page
 
     with errors_for_people():
         saes = named_layers(layers, device)
@@ -354,7 +354,7 @@ def dashboard(
 ) -> None:
     """Write pages about a layer's experts: where they fire, what they promote, what they are good for."""
     from mxd_lens import build_dashboard, load_model
-    from mxd_lens.dashboards.data import CollectionConfig
+    from mxd_lens.dashboards.collect.data import CollectionConfig
 
     with errors_for_people():
         sae, source = load_layer(layer, sae_id, device)
@@ -401,9 +401,9 @@ def frontier(
     from rich.console import Console
 
     from mxd_lens import frontier, load_model
-    from mxd_lens.dashboards.frontier_page import write_frontier_page, write_frontier_png
     from mxd_lens.evals.frontier import CONTENDERS
-    from mxd_lens.training.text import load_text, split_text, token_sequences
+    from mxd_lens.reports.frontier import write_frontier_page, write_frontier_png
+    from mxd_lens.text import load_text, split_text, token_sequences
 
     with errors_for_people():
         names = architectures.split(",") if architectures else list(CONTENDERS)
@@ -487,7 +487,7 @@ def probe(
         if json is not None:
             result.save(json)
         if html is not None:
-            from mxd_lens.dashboards.probing_page import write_probing_page
+            from mxd_lens.reports.probing import write_probing_page
 
             write_probing_page(html, result)
     Console().print(result)
@@ -548,7 +548,7 @@ def read_as_trained(
     sae: Any, model: Any, text: str, skip: int, sequences: int, held_out: bool = False
 ) -> Any:
     """Token sequences of a text, of the length the layer was trained on, and with BOS where it had it."""
-    from mxd_lens.training.text import load_text, split_text, token_sequences
+    from mxd_lens.text import load_text, split_text, token_sequences
 
     metadata = sae.cfg.metadata
     rows = split_text(load_text(text, streaming=False))[1] if held_out else load_text(text)
@@ -582,7 +582,7 @@ def convert(
     ] = "",
 ) -> None:
     """Turn a checkpoint of the paper's code into a folder that SAELens reads; nothing in it is run."""
-    from mxd_lens.pretrained.reference import convert
+    from mxd_lens.pretrained.formats.paper import convert
 
     with errors_for_people():
         layer = convert(file, folder, dtype=dtype or None)

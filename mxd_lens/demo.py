@@ -8,11 +8,11 @@ from datasets import Dataset
 from rich.console import Console
 
 from mxd_lens.architectures.mxd import MxD, TrainingMxDConfig, matched_n_experts
-from mxd_lens.dashboards.run_page import read_history, write_run_page
 from mxd_lens.evals.faithfulness import FaithfulnessReport, evaluate
 from mxd_lens.models import SMOLLM2, load_model
+from mxd_lens.reports.run import read_history, write_run_page
+from mxd_lens.text import EMBEDDED, load_text, split_text, token_sequences
 from mxd_lens.training.runner import TranscoderRunnerConfig, TranscoderTrainingRunner
-from mxd_lens.training.text import EMBEDDED, load_text, split_text, token_sequences
 
 PROMPT = "A list is a mutable sequence. It is created with"
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar, overload
 import torch
 from platformdirs import user_cache_path
 from sae_lens import SAE, HookedSAETransformer
-from sae_lens.util import str_to_dtype
+from sae_lens.util import get_special_token_ids, str_to_dtype
 from torch import nn
 from transformer_lens import loading_from_pretrained as transformer_lens_loading
 
@@ -151,6 +151,13 @@ def block_of(model: Any, name: str) -> tuple[int, nn.Module]:
     if match is None:
         raise ValueError(f"expected a hook point in a block, as blocks.12.hook_mlp_out, got {name!r}.")
     return int(match[1]), model.get_submodule(f"blocks.{match[1]}")
+
+
+def special_token_ids(model: Any, exclude: bool | list[int] | None) -> list[int]:
+    """The token ids that `exclude_special_tokens` means: those of the tokenizer, or the ones given."""
+    if not exclude:
+        return []
+    return sorted(get_special_token_ids(model.tokenizer) if exclude is True else exclude)
 
 
 def past_length(block_inputs: Sequence[Any], layer: int) -> int | None:

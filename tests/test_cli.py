@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import mxd_lens
 from mxd_lens import MxD, TranscoderTrainingRunner, __version__
 from mxd_lens.cli import app, named_layer, named_layers
-from mxd_lens.training.text import token_sequences
+from mxd_lens.text import token_sequences
 
 COMMANDS = [
     "train",
@@ -161,7 +161,7 @@ def test_steer(small, tmp_path):
 
 
 def test_probe(small, tmp_path, words, monkeypatch):
-    from mxd_lens.evals.probing_tasks import TASKS, Passage, ProbingTask
+    from mxd_lens.evals.probing.tasks import TASKS, Passage, ProbingTask
 
     passages = [Passage("cat" if "cat" in text else "no cat", text, text) for text in words]
     monkeypatch.setitem(
@@ -196,7 +196,7 @@ def test_rows_that_are_held_out(small, text_file, tmp_path, monkeypatch):
         return token_sequences(model, rows, *settings, **others)
 
     monkeypatch.setattr(mxd_lens, "TranscoderTrainingRunner", Runner)
-    monkeypatch.setattr(mxd_lens.training.text, "token_sequences", sequences)
+    monkeypatch.setattr(mxd_lens.text, "token_sequences", sequences)
     out, text = tmp_path / "mxd", ["--text", text_file, "--sequences", 2]
     assert f"evaluate {out} --text {text_file} --held-out" in run("train", out, *small, "--hold-out").output
     assert "judge it on another, or --held-out" in run("evaluate", out, *text).output

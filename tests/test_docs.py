@@ -13,9 +13,8 @@ from markdown_it import MarkdownIt
 
 import mxd_lens
 from docs import measured
-from mxd_lens import models
+from mxd_lens import models, text
 from mxd_lens.cli import app
-from mxd_lens.training import text
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*measured.pages(), ROOT / "CONTRIBUTING.md"]

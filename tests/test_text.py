@@ -11,7 +11,7 @@ from conftest import WORDS
 from datasets import Dataset
 from sae_lens import HookedSAETransformer
 
-from mxd_lens.training.text import load_text, token_sequences
+from mxd_lens.text import load_text, token_sequences
 
 DOWNLOADED = Path(__file__).parents[2] / "shared" / "data" / "nltk_data"
 

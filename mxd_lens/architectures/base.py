@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -40,10 +40,6 @@ from typing_extensions import Self, override
 
 from mxd_lens.architectures.saved import download_layer, few, hub_errors, read_folder, shown
 from mxd_lens.sparse import sparse_decode, topk_gate
-
-if TYPE_CHECKING:
-    from mxd_lens.expert_card import ExpertCard
-    from mxd_lens.statistics import ExpertStatistics
 
 C = TypeVar("C", bound="PairedTranscoderConfig")
 
@@ -352,21 +348,6 @@ class PairedTranscoder(Transcoder):
         if self.cfg.k is None:
             raise ValueError("active_experts needs a layer with k; this one has relu sparsity.")
         return topk_gate(x.to(self.dtype), self.W_enc, self.b_enc, self.cfg.k)
-
-    def expert(self, n: int, statistics: "ExpertStatistics | None" = None) -> "ExpertCard":
-        """A short account of expert n, for a terminal or a notebook: see `mxd_lens.expert_card`.
-
-        Args:
-            n: its id.
-            statistics: how experts are used on a text; adds how often this one fires, and what it carries.
-
-        Raises:
-            IndexError: there is no such expert.
-            ValueError: the statistics are of another layer.
-        """
-        from mxd_lens.expert_card import expert_card  # it stands above this module, and is only called here
-
-        return expert_card(self, n, statistics)
 
     @override
     def fold_W_dec_norm(self) -> None:

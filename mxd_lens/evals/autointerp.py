@@ -26,9 +26,9 @@ from sae_lens import SAE, logger
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mxd_lens.artifacts.tables import Printable, printable
 from mxd_lens.evals.endpoint import ChatEndpoint
 from mxd_lens.evals.passages import MARKS, ExpertPassages, Passage, read_passages
-from mxd_lens.tables import Printable, printable
 from mxd_lens.training.runner import then_and_now
 
 AUTOINTERP_FILENAME = "autointerp.jsonl"

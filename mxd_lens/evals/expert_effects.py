@@ -9,8 +9,8 @@ from sae_lens import SAE
 from torch import Tensor
 from torch.nn import functional as F
 
-from mxd_lens.hooks import hook_names, paired_hooks
-from mxd_lens.reading import Parts, kept_tokens, layer_input, take_apart
+from mxd_lens.analysis.decomposition import Parts, kept_tokens, layer_input, take_apart
+from mxd_lens.hooks.replace import hook_names, paired_hooks
 
 Losses = Float[Tensor, "sequences positions"]
 

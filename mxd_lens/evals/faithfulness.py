@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from mxd_lens.architectures.base import PairedTranscoder
-from mxd_lens.hooks import Hook, Replacement, check_fits, hook_names, paired_hooks
+from mxd_lens.artifacts.tables import Printable
+from mxd_lens.hooks.replace import Hook, Replacement, check_fits, hook_names, paired_hooks
+from mxd_lens.models import special_token_ids
 from mxd_lens.sparse import sparse_decode
-from mxd_lens.tables import Printable
-from mxd_lens.training.activations import special_token_ids
 
 N_LARGEST = 5
 

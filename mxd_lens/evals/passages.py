@@ -12,8 +12,8 @@ from sae_lens import SAE
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mxd_lens.analysis.decomposition import active_experts, expert_ids, layer_input
 from mxd_lens.evals.faithfulness import Place
-from mxd_lens.reading import active_experts, expert_ids, layer_input
 
 MARKS = ("<<", ">>")
 """Around the tokens that are said to make an expert fire."""

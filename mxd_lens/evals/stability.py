@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from mxd_lens.reading import kept_inputs, take_apart
-from mxd_lens.statistics import ExpertStatistics
+from mxd_lens.analysis.decomposition import kept_inputs, take_apart
+from mxd_lens.analysis.statistics import ExpertStatistics
 
 EXACT = 4096
 """Up to this many experts the best matching is found; beyond it a greedy one, from the most similar on."""

@@ -12,9 +12,9 @@ from rich.table import Table
 from sae_lens import SAE
 from torch.nn import functional as F
 
-from mxd_lens.hooks import hook_names
-from mxd_lens.interventions import Mode, steer
-from mxd_lens.tables import Printable
+from mxd_lens.artifacts.tables import Printable
+from mxd_lens.hooks.replace import hook_names
+from mxd_lens.hooks.steer import Mode, steer
 
 NGRAM = 3
 """Tokens in the sequences whose repetition is counted."""

@@ -18,11 +18,11 @@ from sae_lens import SAE
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mxd_lens.analysis.decomposition import expert_ids, take_apart
+from mxd_lens.artifacts.tables import Printable
 from mxd_lens.evals.judges import Judge, LocalJudge
 from mxd_lens.evals.steering import Sampling, compare, measure, perplexity, written
-from mxd_lens.interventions import Mode, expert_id
-from mxd_lens.reading import expert_ids, take_apart
-from mxd_lens.tables import Printable
+from mxd_lens.hooks.steer import Mode, expert_id
 from mxd_lens.training.runner import then_and_now, write_json
 
 SCORES_FILENAME = "steering_scores.json"

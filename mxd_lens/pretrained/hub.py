@@ -28,7 +28,8 @@ from safetensors.torch import save as to_safetensors
 from mxd_lens.architectures.base import PairedTranscoder
 from mxd_lens.architectures.saved import check_sae_id, hub_errors, layers_among, read_json
 from mxd_lens.models import hub_name
-from mxd_lens.pretrained.card import (
+from mxd_lens.pretrained.machine_paths import without_machine_paths
+from mxd_lens.pretrained.model_card import (
     TITLES,
     Report,
     code,
@@ -41,7 +42,6 @@ from mxd_lens.pretrained.card import (
     table,
     training_settings,
 )
-from mxd_lens.pretrained.machine_paths import without_machine_paths
 from mxd_lens.pretrained.registry import REPORT_FILENAME
 
 README = "README.md"

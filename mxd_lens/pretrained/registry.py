@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mxd_lens.tables import Printable
+from mxd_lens.artifacts.tables import Printable
 
 BUNDLED = Path(__file__).parent / "weights"
 REPORT_FILENAME = "report.json"

@@ -7,24 +7,22 @@ import warnings
 from collections.abc import Iterable, Iterator
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from sae_lens import ActivationsStore
 from sae_lens.config import HfDataset
 from sae_lens.constants import ACTIVATIONS_STORE_STATE_FILENAME
-from sae_lens.util import get_special_token_ids, str_to_dtype
+from sae_lens.util import str_to_dtype
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typing_extensions import Self, override
 
-from mxd_lens.models import hook_point_name
+from mxd_lens.models import hook_point_name, special_token_ids
+from mxd_lens.text import load_text
 from mxd_lens.training.cache import ActivationCache
-from mxd_lens.training.text import load_text
-
-if TYPE_CHECKING:
-    from mxd_lens.training.runner import TranscoderRunnerConfig
+from mxd_lens.training.config import TranscoderRunnerConfig
 
 
 class MixingBuffer:
@@ -116,9 +114,9 @@ class PairedActivationsStore(ActivationsStore):
     def from_config(
         cls,
         model: Any,
-        cfg: "TranscoderRunnerConfig",
+        cfg: TranscoderRunnerConfig,
         override_dataset: HfDataset | None = None,
-        beside: Iterable["TranscoderRunnerConfig"] = (),
+        beside: Iterable[TranscoderRunnerConfig] = (),
         seed: int | None = None,
     ) -> Self:
         """The store of a run.
@@ -207,7 +205,7 @@ class PairedActivationsStore(ActivationsStore):
         assert self._hook_names is not None  # set by from_config_multi_hook
         return self._hook_names
 
-    def check_widths(self, runs: Iterable["TranscoderRunnerConfig"]) -> None:
+    def check_widths(self, runs: Iterable[TranscoderRunnerConfig]) -> None:
         """Runs one token to see whether d_in and d_out are what the hooks give."""
         activations = self.get_multi_hook_activations(
             torch.zeros(1, 1, dtype=torch.long, device=self.model.cfg.device)
@@ -220,12 +218,12 @@ class PairedActivationsStore(ActivationsStore):
                     raise ValueError(f"{field} is {expected}, but {name} of this model has width {width}.")
 
     def select(
-        self, rows: Float[Tensor, "batch width"], cfg: "TranscoderRunnerConfig"
+        self, rows: Float[Tensor, "batch width"], cfg: TranscoderRunnerConfig
     ) -> Float[Tensor, "batch d_in_plus_d_out"]:
         """What the layer of `cfg` is trained on, out of a batch for several layers."""
         return torch.cat([rows[:, self.columns[name]] for name in cfg.hook_widths], dim=1)
 
-    def cache_key(self, cfg: "TranscoderRunnerConfig") -> str:
+    def cache_key(self, cfg: TranscoderRunnerConfig) -> str:
         """A hash of what the run says of its activations: model, hooks, text, tokenisation.
 
         The text is known by its name, its first sequence and, where it is a datasets.Dataset, its
@@ -363,10 +361,3 @@ class PairedActivationsStore(ActivationsStore):
     @override
     def load_from_checkpoint(self, checkpoint_path: str | Path) -> None:
         self.load(str(Path(checkpoint_path) / ACTIVATIONS_STORE_STATE_FILENAME))
-
-
-def special_token_ids(model: Any, exclude: bool | list[int] | None) -> list[int]:
-    """The token ids that `exclude_special_tokens` means: those of the tokenizer, or the ones given."""
-    if not exclude:
-        return []
-    return sorted(get_special_token_ids(model.tokenizer) if exclude is True else exclude)

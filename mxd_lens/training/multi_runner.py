@@ -20,10 +20,10 @@ from typing_extensions import override
 
 from mxd_lens.models import load_model
 from mxd_lens.training.activations import PairedActivationsStore
+from mxd_lens.training.checkpoints import atomic_checkpoint, complete_checkpoints
+from mxd_lens.training.config import WHERE_NOT_WHAT, TranscoderRunnerConfig
 from mxd_lens.training.runner import (
-    WHERE_NOT_WHAT,
     LayerRun,
-    TranscoderRunnerConfig,
     make_folders,
     read_json,
     reading,
@@ -35,8 +35,6 @@ from mxd_lens.training.trainer import (
     StopRequest,
     TrainingInterrupted,
     TranscoderTrainer,
-    complete_checkpoints,
-    whole_or_not_there,
 )
 
 OF_ONE_LAYER = {
@@ -201,7 +199,7 @@ class MultiTranscoderTrainer(MultiSAETrainer):
         """
         assert self.cfg.checkpoint_path is not None  # asked by checkpoint_or_warn
         final = Path(self.cfg.checkpoint_path) / checkpoint_name
-        with whole_or_not_there(final, self.n_checkpoints_kept) as partial:
+        with atomic_checkpoint(final, self.n_checkpoints_kept) as partial:
             super().save_checkpoint(partial.name, wandb_aliases)
 
 

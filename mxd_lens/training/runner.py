@@ -4,14 +4,14 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import wandb
-from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, logger
+from sae_lens import LoggingConfig, logger
 from sae_lens.config import HfDataset
 from sae_lens.constants import (
     ACTIVATIONS_STORE_STATE_FILENAME,
@@ -21,188 +21,20 @@ from sae_lens.constants import (
     SPARSITY_FILENAME,
     TRAINER_STATE_FILENAME,
 )
-from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
+from sae_lens.saes.sae import TrainingSAE
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from typing_extensions import override
 
-from mxd_lens.architectures.base import TrainingPairedTranscoder, TrainingPairedTranscoderConfig
+from mxd_lens.architectures.base import TrainingPairedTranscoder
 from mxd_lens.models import load_model
 from mxd_lens.training.activations import PairedActivationsStore
+from mxd_lens.training.checkpoints import PARTIAL, complete_checkpoints
+from mxd_lens.training.config import IN_METADATA, WHERE_NOT_WHAT, TranscoderRunnerConfig
 from mxd_lens.training.standardizer import FirstBatchScaler, Standardizer
-from mxd_lens.training.trainer import PARTIAL, TranscoderTrainer, complete_checkpoints
+from mxd_lens.training.trainer import TranscoderTrainer
 
 HISTORY_FILENAME = "history.json"
-LATEST = "latest"
-
-NOT_SUPPORTED = (
-    "hook_head_index",
-    "prefetch_llm_batches",
-    "compile_llm",
-    "compile_sae",
-    "model_from_pretrained_kwargs",
-    "model_class_name",
-    "dataset_trust_remote_code",
-)
-WHERE_NOT_WHAT = (
-    "device",
-    "llm_device",
-    "act_store_device",
-    "output_path",
-    "checkpoint_path",
-    "cached_activations_path",
-    "resume_from_checkpoint",
-    "n_checkpoints",
-    "n_checkpoints_kept",
-    "logger",
-    "verbose",
-    "sae_lens_version",
-    "sae_lens_training_version",
-    "tokens_per_buffer",
-)
-"""Fields in which a resumed run may differ from the run it goes on with."""
-
-IN_METADATA = (
-    "model_name",
-    "hook_name",
-    "hook_name_out",
-    "dataset_path",
-    "context_size",
-    "seqpos_slice",
-    "prepend_bos",
-    "exclude_special_tokens",
-    "sequence_separator_token",
-    "disable_concat_sequences",
-    "training_tokens",
-)
-"""Fields that a saved layer says about itself."""
-
-
-@dataclass
-class TranscoderRunnerConfig(LanguageModelSAERunnerConfig[TrainingSAEConfig]):
-    """A training run. SAELens' `LanguageModelSAERunnerConfig` with an output hook and other defaults.
-
-    The defaults are the recipe of the paper's code on GPT-2: AdamW without weight decay (SAELens' Adam
-    is the same), learning rate 4e-4 after 5,000 steps of linear warm-up, batches of 4,096 tokens in
-    contexts of 128 with BOS, 480 M tokens of OpenWebText. Special tokens are left out, since models
-    write massive activations on them; the paper's code keeps them (exclude_special_tokens=False).
-
-    Not supported, and refused when set: hook_head_index, prefetch_llm_batches, compile_llm, compile_sae,
-    model_from_pretrained_kwargs, model_class_name, dataset_trust_remote_code. is_dataset_tokenized has no
-    effect, as in SAELens: a data set with a column "tokens" or "input_ids" is.
-    """
-
-    sae: TrainingSAEConfig
-    """A layer of this package; or an SAE of SAELens, with the same hook as input and target."""
-    model_name: str = "gpt2"
-    """A name for `load_model`."""
-    hook_name: str = "blocks.8.mlp.hook_in"
-    """The input: activations of width sae.d_in."""
-    hook_name_out: str = "blocks.8.hook_mlp_out"
-    """The target: activations of width sae.d_out."""
-    dataset_path: str = "Skylion007/openwebtext"
-    """A source for `load_text`: "embedded", "nltk:NAME", a text file or folder, a hub data set."""
-    training_tokens: int = 480_000_000
-    train_batch_size_tokens: int = 4096
-    n_batches_in_buffer: int = 256
-    """Contexts in the mixing buffer (SAELens' name); 256 of 128 tokens are 32,768 tokens."""
-    lr: float = 4e-4
-    lr_warm_up_steps: int = 5000
-    exclude_special_tokens: bool | list[int] = True
-    standardize_activations: bool = False
-    """Train on centred inputs and on targets of unit scale, see `Standardizer` (an SAE: on activations of
-    unit scale); the layer saved is for the activations themselves. The paper's code does not."""
-    dead_feature_window: int | None = None
-    """Steps without firing after which an expert counts as dead. None: a tenth of the run, at most 1,000."""
-    use_cached_activations: bool = False
-    """Keep the activations on disk, so that further epochs and runs need no language model."""
-    cached_activations_path: str | None = None
-    """Their folder. Default: activations/MODEL/HOOK_NAME."""
-    cached_activations_dtype: str = "bfloat16"
-    """Their dtype on disk."""
-    n_checkpoints: int = 10
-    n_checkpoints_kept: int = 2
-    """How many of the last checkpoints stay on disk."""
-    checkpoint_path: str | None = None
-    """Where checkpoints go. Default: output_path/checkpoints."""
-    resume_from_checkpoint: str | None = None
-    """A checkpoint folder, or "latest" for the newest one in checkpoint_path (from the start if none)."""
-    logger: LoggingConfig = field(default_factory=lambda: LoggingConfig(log_to_wandb=False))
-    verbose: bool = False
-
-    @override
-    def __post_init__(self) -> None:
-        checkpoint_path = self.checkpoint_path
-        if checkpoint_path is None and self.output_path is not None:
-            checkpoint_path = str(Path(self.output_path) / "checkpoints")
-        defaults = {f.name: f.default for f in fields(TranscoderRunnerConfig)}
-        for name in NOT_SUPPORTED:
-            value = getattr(self, name)
-            if value not in (defaults[name], {}):
-                raise ValueError(f"{name} is not supported here, got {value!r}.")
-        if not isinstance(self.sae, TrainingSAEConfig):
-            raise ValueError(
-                f"sae must be the config of a training transcoder, got {type(self.sae).__name__}."
-            )
-        is_transcoder = isinstance(self.sae, TrainingPairedTranscoderConfig)
-        if self.standardize_activations and self.sae.normalize_activations != "none":
-            raise ValueError(
-                "standardize_activations and sae.normalize_activations = "
-                f"{self.sae.normalize_activations!r} both scale the activations: use one."
-            )
-        if self.sae.dtype == "float16":
-            raise ValueError(
-                "sae.dtype is float16: Adam's epsilon is zero there, and the weights would be NaN after a "
-                "step. Train in float32 or bfloat16, and convert the trained layer."
-            )
-        if is_transcoder and self.hook_name == self.hook_name_out:
-            raise ValueError(
-                f"hook_name and hook_name_out are both {self.hook_name}: a layer that reconstructs its own "
-                "input is an SAE; sae must be the config of one."
-            )
-        if not is_transcoder and self.hook_name != self.hook_name_out:
-            raise ValueError(
-                f"sae is a {type(self.sae).__name__}, an SAE: hook_name and hook_name_out must be the same, "
-                f"got {self.hook_name} and {self.hook_name_out}."
-            )
-        for name in (
-            "n_checkpoints_kept",
-            "training_tokens",
-            "train_batch_size_tokens",
-            "context_size",
-            "store_batch_size_prompts",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
-        if self.training_tokens < self.train_batch_size_tokens:
-            raise ValueError(
-                f"training_tokens = {self.training_tokens} is less than one batch of "
-                f"{self.train_batch_size_tokens} tokens."
-            )
-        if self.use_cached_activations and self.cached_activations_path is None:
-            model = self.model_name.replace("/", "_")
-            self.cached_activations_path = str(Path("activations") / model / self.hook_name)
-        if self.dead_feature_window is None:
-            self.dead_feature_window = max(1, min(1000, self.total_training_steps // 10))
-        super().__post_init__()
-        # SAELens puts a random folder in between, and a later run could not find its checkpoints.
-        self.checkpoint_path = checkpoint_path
-        self.model_from_pretrained_kwargs: dict[str, Any] | None = {}
-
-    @property
-    def hook_widths(self) -> dict[str, int]:
-        """The hook points a batch holds, in order, and their widths: x and y, or an SAE's one."""
-        if not isinstance(self.sae, TrainingPairedTranscoderConfig):
-            return {self.hook_name: self.sae.d_in}
-        return {self.hook_name: self.sae.d_in, self.hook_name_out: self.sae.d_out}
-
-    def latest_checkpoint(self) -> Path | None:
-        """The checkpoint that `resume_from_checkpoint` means."""
-        if self.resume_from_checkpoint != LATEST:
-            return Path(self.resume_from_checkpoint) if self.resume_from_checkpoint else None
-        found = complete_checkpoints(self.checkpoint_path)
-        return found[-1] if found else None
 
 
 class LayerRun:

@@ -1,7 +1,5 @@
 """SAELens' trainer, with checkpoints that are whole or not there, and runs that stop and go on."""
 
-import re
-import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -11,19 +9,17 @@ from typing import Any
 
 import torch
 from sae_lens import logger
-from sae_lens.constants import RUNNER_CFG_FILENAME, TRAINER_STATE_FILENAME
 from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.sae_trainer import SAETrainer
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 from typing_extensions import override
 
+from mxd_lens.training.checkpoints import atomic_checkpoint, complete_checkpoints
 from mxd_lens.training.standardizer import Standardizer
 
 POINTS_IN_HISTORY = 500
-PARTIAL = ".partial-"
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -205,49 +201,10 @@ class TranscoderTrainer(SAETrainer[Any, Any]):
         if base is None:
             super().save_checkpoint(checkpoint_name, None, wandb_aliases)
             return
-        with whole_or_not_there(Path(base) / checkpoint_name, self.n_checkpoints_kept) as partial:
+        with atomic_checkpoint(Path(base) / checkpoint_name, self.n_checkpoints_kept) as partial:
             super().save_checkpoint(partial.name, base, wandb_aliases)
 
     @override
     def load_trainer_state(self, checkpoint_path: Path | str) -> None:
         super().load_trainer_state(checkpoint_path)
         self.checkpoint_thresholds = [t for t in self.checkpoint_thresholds if t > self.n_training_samples]
-
-
-def complete_checkpoints(folder: str | Path | None) -> list[Path]:
-    """The checkpoints in `folder`, of one layer or of several, that were written to the end; oldest first."""
-    if folder is None or not Path(folder).is_dir():
-        return []
-    tokens = {
-        path: int(name[1])
-        for path in Path(folder).iterdir()
-        if (name := re.fullmatch("(?:final_)?([0-9]+)", path.name))
-        and (path / RUNNER_CFG_FILENAME).is_file()
-        and any(any(path.glob(f"{layer}{TRAINER_STATE_FILENAME}")) for layer in ("", "*/"))
-    }
-    return sorted(tokens, key=tokens.__getitem__)
-
-
-@contextmanager
-def whole_or_not_there(final: Path, keep: int) -> Iterator[Path]:
-    """A folder to write a checkpoint to, which gets its name when it is complete.
-
-    The last `keep` complete ones beside it stay.
-
-    Raises:
-        OSError: it could not be written, for want of room for instance. Earlier ones are kept.
-    """
-    partial = final.with_name(f"{PARTIAL}{final.name}")
-    try:
-        yield partial
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-    except (OSError, RuntimeError, SafetensorError) as e:
-        shutil.rmtree(partial, ignore_errors=True)
-        last = complete_checkpoints(final.parent)
-        raise OSError(
-            f"Could not write the checkpoint {final}: {e}. "
-            f"The last complete one is {last[-1] if last else 'not there'}."
-        ) from e
-    for old in complete_checkpoints(final.parent)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)

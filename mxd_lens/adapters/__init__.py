@@ -1,0 +1,1 @@
+"""Layers and results in the formats of other libraries."""

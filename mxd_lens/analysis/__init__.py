@@ -1,0 +1,1 @@
+"""What a layer does, read from its weights and its activations."""

@@ -1,0 +1,486 @@
+"""How experts are used over a corpus, gathered in one pass over its tokens.
+
+Everything here is a sum over tokens, so that statistics of two texts add up to those of both. Sums run over
+the active experts' values and ids; the largest things held are as large as W_dec.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from sae_lens import SAE
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from mxd_lens.analysis.decomposition import ENTRIES, Parts, expert_ids, kept_inputs, take_apart
+from mxd_lens.artifacts.tables import Cell, Tabular
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+TENSORS_FILENAME, SETTINGS_FILENAME = "statistics.safetensors", "statistics.json"
+
+
+class Histogram(NamedTuple):
+    """How many experts have what firing density."""
+
+    counts: Int[Tensor, " bins"]
+    """Experts in each bin; dead ones are in none."""
+    edges: Float[Tensor, " bins_and_one"]
+    """The bins' bounds, log10 of the share of tokens."""
+    n_dead: int
+    """Experts that never fired."""
+
+
+@dataclass
+class ExpertStatistics(Tabular):
+    """Sums over the tokens of a corpus, for every expert n of a layer.
+
+        u_n(t) = c_n * v(t)        what a coefficient of 1 writes at token t; v = D^T z for an MxD,
+                                   1 for a transcoder
+
+    Made by `expert_statistics`, or empty by `of`, with activations added by `add`. Statistics of the same
+    layer are summed with `+`. Where a mean is asked for of an expert that never fired, it is NaN.
+    """
+
+    model_name: str
+    """The language model."""
+    hook_name: str
+    """Where the layer reads."""
+    hook_name_out: str
+    """Where it writes."""
+    architecture: str
+    """Of the layer, as SAELens calls it."""
+    fingerprint: str
+    """A hash of some of the layer's weights: statistics of different layers do not add up."""
+    n_tokens: int
+    """Tokens counted; without those that the layer's training excluded."""
+    fired: Int[Tensor, " d_sae"]
+    """Tokens on which the expert fired."""
+    coefficient_sum: Float[Tensor, " d_sae"]
+    """sum_t a_n."""
+    coefficient_squared_sum: Float[Tensor, " d_sae"]
+    """sum_t a_n^2."""
+    coefficient_max: Float[Tensor, " d_sae"]
+    """The largest a_n; 0 if it never fired."""
+    direction_sum: Float[Tensor, "d_sae d_out"]
+    """sum_t a_n u_n, the sum of the expert's contributions."""
+    weighted_squared_sum: Float[Tensor, " d_sae"]
+    """sum_t a_n ||u_n||^2."""
+    contribution_squared_sum: Float[Tensor, " d_sae"]
+    """sum_t ||a_n u_n||^2."""
+    mixture_sum: Float[Tensor, " d_out"]
+    """sum_t C^T a."""
+    watched: Int[Tensor, " watched"]
+    """The experts of which it is counted with which others they fire; ascending."""
+    fired_together: Int[Tensor, "d_sae watched"]
+    """Tokens on which the expert and the watched one both fired."""
+
+    @classmethod
+    def of(cls, sae: SAE[Any], watched: Iterable[int] | Int[Tensor, " n"] = ()) -> "ExpertStatistics":
+        """Statistics of no token yet.
+
+        Raises:
+            IndexError: a watched expert does not exist.
+        """
+        watched_ids = expert_ids(sae, watched).unique()
+        device, (d_sae, d_out) = sae.W_dec.device, sae.W_dec.shape
+        metadata = sae.cfg.metadata
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        return cls(
+            model_name=metadata.model_name or "",
+            hook_name=metadata.hook_name or "",
+            hook_name_out=metadata.hook_name_out or metadata.hook_name or "",
+            architecture=sae.cfg.architecture(),
+            fingerprint=fingerprint(sae),
+            n_tokens=0,
+            fired=zeros(d_sae, dtype=torch.long),
+            coefficient_sum=zeros(d_sae),
+            coefficient_squared_sum=zeros(d_sae),
+            coefficient_max=zeros(d_sae),
+            direction_sum=zeros(d_sae, d_out, dtype=torch.promote_types(sae.W_dec.dtype, torch.float32)),
+            weighted_squared_sum=zeros(d_sae),
+            contribution_squared_sum=zeros(d_sae),
+            mixture_sum=zeros(d_out),
+            watched=watched_ids,
+            fired_together=zeros(d_sae, len(watched_ids), dtype=torch.int32),
+        )
+
+    @torch.no_grad()
+    def add(self, sae: SAE[Any], x: Float[Tensor, "*batch d_in"]) -> None:
+        """Counts some of the layer's inputs in.
+
+        Memory beside the statistics grows with the number of inputs, and as [experts that fired, d_out].
+
+        Raises:
+            ValueError: these are statistics of another layer; or as `take_apart`.
+        """
+        self.check_is_of(sae)
+        self.add_parts(take_apart(sae, x.reshape(-1, x.shape[-1])))
+
+    @torch.no_grad()
+    def add_parts(self, parts: Parts) -> None:
+        """Counts in what the layer did with some of its inputs, already taken apart."""
+        self.n_tokens += len(parts.coefficients)
+        token_of, expert, a = parts.fired
+        if not len(a):
+            return
+        order = expert.argsort(stable=True)
+        token_of, expert, a = token_of[order], expert[order], a[order].to(self.direction_sum.dtype)
+        ids, counts = expert.unique_consecutive(return_counts=True)
+        starts = F.pad(counts.cumsum(0), (1, 0))
+
+        def per_expert(matrix: Float[Tensor, "tokens d"], weights: Float[Tensor, " fired"]) -> Tensor:
+            """sum over the tokens where an expert fires of their weight times their row of `matrix`."""
+            return F.embedding_bag(
+                token_of, matrix, starts, mode="sum", per_sample_weights=weights, include_last_offset=True
+            )
+
+        directions = parts.directions[ids].to(a.dtype)
+        decoder_out = parts.decoder_out.to(a.dtype)
+        squares = decoder_out**2
+        one = torch.ones(len(parts.coefficients), 1, dtype=torch.float64, device=a.device)
+        coefficient_sum = per_expert(one, a.double())[:, 0]
+        self.fired[ids] += counts
+        self.coefficient_sum[ids] += coefficient_sum
+        self.coefficient_squared_sum[ids] += per_expert(one, a.double() ** 2)[:, 0]
+        self.coefficient_max.scatter_reduce_(0, expert, a.double(), "amax")
+        self.direction_sum.index_add_(0, ids, directions * per_expert(decoder_out, a))
+        for total, weights in (
+            (self.weighted_squared_sum, a),
+            (self.contribution_squared_sum, a**2),
+        ):
+            total[ids] += (directions**2 * per_expert(squares, weights)).sum(-1).double()
+        self.mixture_sum += coefficient_sum @ directions.double()
+        if len(self.watched):
+            slot = torch.searchsorted(self.watched, expert).clamp_max(len(self.watched) - 1)
+            hit = self.watched[slot] == expert
+            # Every watched firing meets all experts active on its token: entries of [watched, n], in blocks.
+            n = max(parts.experts.shape[1], 1)
+            for tokens, slots in zip(
+                token_of[hit].split(max(ENTRIES // n, 1)), slot[hit].split(max(ENTRIES // n, 1)), strict=True
+            ):
+                entries = parts.experts[tokens] * len(self.watched) + slots[:, None]
+                met = entries[parts.coefficients[tokens] != 0]
+                self.fired_together.view(-1).index_add_(0, met, torch.ones_like(met, dtype=torch.int32))
+
+    def __add__(self, other: "ExpertStatistics") -> "ExpertStatistics":
+        """The statistics of both texts.
+
+        Raises:
+            ValueError: they are of different layers, or watch different experts.
+        """
+        summed: dict[str, Any] = {}
+        for f in fields(self):
+            mine, theirs = getattr(self, f.name), getattr(other, f.name)
+            if f.name == "n_tokens":
+                summed[f.name] = mine + theirs
+            elif f.name == "coefficient_max":
+                summed[f.name] = torch.maximum(mine, theirs.to(mine))
+            elif isinstance(mine, Tensor) and f.name != "watched":
+                summed[f.name] = mine + theirs.to(mine)
+            else:
+                same = torch.equal(mine, theirs.to(mine)) if isinstance(mine, Tensor) else mine == theirs
+                if not same:
+                    raise ValueError(
+                        f"These statistics do not add up: their {f.name} is {mine} and {theirs}. Only "
+                        "those of one layer, watching the same experts, do."
+                    )
+                summed[f.name] = mine
+        return ExpertStatistics(**summed)
+
+    def check_is_of(self, sae: SAE[Any]) -> None:
+        """Raises ValueError where these are statistics of another layer."""
+        if self.fingerprint != fingerprint(sae):
+            raise ValueError(
+                f"These are statistics of another layer: of one at {self.hook_name} of "
+                f"{self.model_name or 'an unnamed model'}, with {len(self.fired)} experts and other weights "
+                "than this one."
+            )
+
+    def save(self, folder: str | Path) -> None:
+        """Writes statistics.safetensors and statistics.json into a folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors = {name: v.contiguous() for name, v in values.items() if isinstance(v, Tensor)}
+        settings = {name: v for name, v in values.items() if name not in tensors}
+        save_file(tensors, folder / TENSORS_FILENAME)
+        (folder / SETTINGS_FILENAME).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str = "cpu") -> "ExpertStatistics":
+        """Reads statistics that `save` wrote.
+
+        Raises:
+            FileNotFoundError: there are none in the folder.
+        """
+        folder = Path(folder)
+        for name in (TENSORS_FILENAME, SETTINGS_FILENAME):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder} holds no {name}: ExpertStatistics.save writes it.")
+        settings = json.loads((folder / SETTINGS_FILENAME).read_text(encoding="utf-8"))
+        return cls(**(settings | load_file(folder / TENSORS_FILENAME, device=device)))
+
+    # What the sums say
+
+    @property
+    def density(self) -> Float[Tensor, " d_sae"]:
+        """Share of the tokens on which the expert fires."""
+        return self.fired.double() / self.n_tokens
+
+    @property
+    def mean_coefficient(self) -> Float[Tensor, " d_sae"]:
+        """Mean of a_n over the tokens on which it fires."""
+        return self.coefficient_sum / self.fired
+
+    @property
+    def load_share(self) -> Float[Tensor, " d_sae"]:
+        """The expert's share of all coefficients: sum_t a_n / sum_t sum_m a_m."""
+        return self.coefficient_sum / self.coefficient_sum.sum()
+
+    @property
+    def l0(self) -> float:
+        """Active experts per token."""
+        return self.fired.sum().item() / self.n_tokens if self.n_tokens else math.nan
+
+    @property
+    def dead(self) -> Int[Tensor, " n"]:
+        """The experts that never fired."""
+        return (self.fired == 0).nonzero()[:, 0]
+
+    def always_on(self, at_least: float = 0.9) -> Int[Tensor, " n"]:
+        """The experts that fire on at least this share of the tokens."""
+        return (self.density >= at_least).nonzero()[:, 0]
+
+    @property
+    def effective_number(self) -> float:
+        """exp of the entropy of `load_share`: as many equally used experts would be as evenly used."""
+        return torch.special.entr(self.load_share).sum().exp().item()
+
+    def mean_direction(
+        self, experts: int | Iterable[int] | Int[Tensor, " n"] | None = None
+    ) -> Float[Tensor, "n d_out"]:
+        """sum_t a_n u_n / sum_t a_n: what a coefficient of 1 writes, on the tokens where it fires.
+
+        For an MxD c_n * (sum_t a_n D^T z) / sum_t a_n; for a transcoder c_n itself.
+
+        Args:
+            experts: a row each; None for all.
+        """
+        if experts is None:
+            rows: Any = slice(None)
+        else:
+            given = experts if isinstance(experts, (int, Tensor)) else list(experts)
+            rows = torch.as_tensor(given, device=self.fired.device).reshape(-1)
+        sums = self.direction_sum[rows]
+        return sums / self.coefficient_sum[rows].unsqueeze(-1).to(sums)
+
+    @property
+    def consistency(self) -> Float[Tensor, " d_sae"]:
+        """How much of a direction an expert is: ||mean u_n||^2 / mean ||u_n||^2, means weighted by a_n.
+
+        1 where it writes the same at every token, as a transcoder's feature does; near 0 where what it
+        writes has no common direction. It is the part of the squared length that the mean direction
+        explains. `share_along` is the part that lies along it, which is larger: there, an expert that writes
+        along one line with changing length, or sign, still counts as a direction.
+        """
+        squared_sum = self.direction_sum.pow(2).sum(-1).double()
+        return squared_sum / (self.coefficient_sum * self.weighted_squared_sum)
+
+    @property
+    def mean_mixture(self) -> Float[Tensor, " d_out"]:
+        """The mean gate: mean over all tokens of C^T a."""
+        return self.mixture_sum / self.n_tokens
+
+    @property
+    def mean_contribution(self) -> Float[Tensor, "d_sae d_out"]:
+        """Mean over all tokens of a_n u_n; over experts these sum to the mean of the experts' output."""
+        return self.direction_sum / self.n_tokens
+
+    @property
+    def contribution_rms(self) -> Float[Tensor, " d_sae"]:
+        """sqrt(mean of ||a_n u_n||^2) over the tokens on which it fires."""
+        return (self.contribution_squared_sum / self.fired).sqrt()
+
+    def coactivation(
+        self, by: Literal["jaccard", "correlation"] = "jaccard"
+    ) -> Float[Tensor, "watched d_sae"]:
+        """How much the watched experts fire on the same tokens as each expert.
+
+        With n_i, n_j and n_ij the tokens on which one, the other and both fire, of T:
+
+            jaccard        n_ij / (n_i + n_j - n_ij)
+            correlation    (T n_ij - n_i n_j) / sqrt(n_i (T - n_i) n_j (T - n_j))
+
+        NaN where neither fires, and a correlation where one of them never or always does.
+
+        Raises:
+            ValueError: no expert is watched, or `by` is neither.
+        """
+        if not len(self.watched):
+            raise ValueError("No expert is watched: name some with expert_statistics(..., watched=[...]).")
+        both = self.fired_together.T.double()
+        one, other = self.fired[self.watched].double()[:, None], self.fired.double()[None]
+        if by == "jaccard":
+            return both / (one + other - both)
+        if by == "correlation":
+            T = self.n_tokens
+            variances = one * (T - one) * other * (T - other)
+            return (T * both - one * other) / variances.sqrt()
+        raise ValueError(f"coactivation is by 'jaccard' or 'correlation', got {by!r}.")
+
+    def density_histogram(self, bins: int = 40) -> Histogram:
+        """How many experts fire how often, in bins of log10 of the density, from one token to all."""
+        lowest = -math.log10(max(self.n_tokens, 10))
+        edges = torch.linspace(lowest, 0, bins + 1, dtype=torch.float64)
+        densities = self.density[self.fired > 0].log10().cpu().clamp(lowest, 0)
+        counts = torch.histogram(densities, edges).hist.long()
+        return Histogram(counts, edges, len(self.dead))
+
+    @property
+    def title(self) -> str:
+        return (
+            f"{self.architecture} at {self.hook_name}: {len(self.fired):,} experts, {self.n_tokens:,} tokens"
+        )
+
+    @property
+    def columns(self) -> list[str]:
+        return ["over the experts", "median", "mean", "largest"]
+
+    @property
+    def rows(self) -> Iterator[list[Cell]]:
+        alive = self.fired > 0
+        for name, values in (
+            ("density", self.density),
+            ("mean coefficient", self.mean_coefficient),
+            ("load", self.load_share),
+            ("consistency", self.consistency),
+            ("contribution, root mean square", self.contribution_rms),
+        ):
+            v = values[alive]
+            yield [
+                name,
+                *([f(v).item() for f in (torch.median, torch.mean, torch.max)] if len(v) else [math.nan] * 3),
+            ]
+        for name, value in (
+            ("active on a token", self.l0),
+            ("dead", len(self.dead)),
+            ("on at 90 % of the tokens or more", len(self.always_on())),
+            ("effective number by load", self.effective_number),
+        ):
+            yield [name, "", value, ""]
+
+
+def fingerprint(sae: SAE[Any]) -> str:
+    """A hash of the first and last experts' weights."""
+    ends = [w[e].detach().float().cpu() for w in (sae.W_enc.T, sae.W_dec) for e in (0, -1)]
+    raw = torch.cat([torch.tensor([float(n) for n in sae.W_dec.shape]), *ends]).numpy().tobytes()
+    return hashlib.sha256(raw).hexdigest()[:16]
+
+
+def expert_statistics(
+    sae: SAE[Any],
+    model: Any,
+    tokens: Int[Tensor, "sequences positions"],
+    batch_size: int = 8,
+    watched: Iterable[int] | Int[Tensor, " n"] = (),
+    progress: bool = True,
+) -> ExpertStatistics:
+    """Runs a text through the model and gathers how the layer's experts are used on it.
+
+    Args:
+        sae: the layer; its metadata says where it belongs. It may be attached or not.
+        model: any hooked model; it runs up to the layer's MLP and no further.
+        tokens: token ids, one sequence a row. Tokens that the layer's training excluded are left out.
+        batch_size: sequences in a forward pass. It does not change the numbers, beyond rounding.
+        watched: experts of which it is counted with which others they fire, for `coactivation`; costs a
+            column of d_sae counts each.
+        progress: whether to show a progress bar.
+
+    Raises:
+        IndexError: a watched expert does not exist.
+        ValueError: the layer does not belong to the model, or `tokens` are no ids.
+    """
+    statistics = ExpertStatistics.of(sae, watched)
+    for x in kept_inputs(sae, model, tokens, batch_size, progress):
+        statistics.add(sae, x)
+    return statistics
+
+
+@torch.no_grad()
+def share_along(
+    sae: SAE[Any],
+    model: Any,
+    tokens: Int[Tensor, "sequences positions"],
+    directions: Float[Tensor, "d_sae d_out"],
+    batch_size: int = 8,
+    progress: bool = True,
+) -> Float[Tensor, " d_sae"]:
+    """The share of each expert's contributions that lies along one direction of its own.
+
+        sum_t <a_n u_n, d_n>^2 / sum_t ||a_n u_n||^2        d_n of unit length
+
+    With `ExpertStatistics.mean_direction` it says how much of a direction an expert is: 1 for a
+    transcoder's feature. It needs the directions beforehand, and so a second pass over the text.
+
+    Args:
+        directions: a row an expert, of any length; that of an expert that never fires is not used.
+        sae, model, tokens, batch_size, progress: as for `expert_statistics`.
+
+    Returns:
+        A share an expert; NaN where it never fires.
+
+    Raises:
+        ValueError: the directions are not [d_sae, d_out]; or as `expert_statistics`.
+    """
+    if directions.shape != sae.W_dec.shape:
+        raise ValueError(
+            f"expected a direction an expert, {tuple(sae.W_dec.shape)}, got {tuple(directions.shape)}."
+        )
+    unit = F.normalize(directions.to(sae.W_dec), dim=-1)
+    along, whole = torch.zeros(2, len(unit), dtype=torch.float64, device=unit.device)
+    for x in kept_inputs(sae, model, tokens, batch_size, progress):
+        parts = take_apart(sae, x)
+        token_of, expert, a = parts.fired
+        for block in torch.arange(len(a), device=a.device).split(ENTRIES):
+            n = expert[block]
+            written = a[block, None] * parts.directions[n] * parts.decoder_out[token_of[block]]
+            along.index_add_(0, n, (written * unit[n]).sum(-1).double() ** 2)
+            whole.index_add_(0, n, written.double().pow(2).sum(-1))
+    return along / whole
+
+
+def usage_figure(statistics: ExpertStatistics, bins: int = 40) -> "go.Figure":
+    """A plotly figure: how many experts fire how often."""
+    import plotly.graph_objects as go
+
+    histogram = statistics.density_histogram(bins)
+    edges = histogram.edges
+    figure = go.Figure(
+        go.Bar(
+            x=((edges[1:] + edges[:-1]) / 2).tolist(),
+            y=histogram.counts.tolist(),
+            width=(edges[1:] - edges[:-1]).tolist(),
+            customdata=[f"{100 * 10**e:.2g} %" for e in ((edges[1:] + edges[:-1]) / 2).tolist()],
+            hovertemplate="%{y} experts fire on about %{customdata} of the tokens<extra></extra>",
+        )
+    )
+    figure.update_layout(
+        title=f"{len(statistics.fired):,} experts on {statistics.n_tokens:,} tokens; "
+        f"{histogram.n_dead:,} never fire",
+        xaxis_title="firing density, log10 of the share of tokens",
+        yaxis_title="experts",
+        bargap=0,
+    )
+    return figure

@@ -1,0 +1,1 @@
+"""The data that a dashboard shows: model in, data out."""

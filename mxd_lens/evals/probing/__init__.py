@@ -1,0 +1,1 @@
+"""Sparse probing: how well single experts, or a few together, separate classes of texts."""
