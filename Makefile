@@ -11,8 +11,8 @@ INSTALLED := $(VENV)/.installed
 LOWEST := .venv-lowest
 LOWEST_PIP := $(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check \
 	--constraint constraints-lowest.txt
-LOWEST_TESTS := tests/architectures/test_loading.py tests/pretrained/test_pretrained.py tests/pretrained/test_bundled.py tests/hooks/test_attach.py \
-	tests/architectures/test_transcoders.py
+LOWEST_TESTS := tests/architectures/test_loading.py tests/architectures/test_transcoders.py tests/hooks/test_attach.py \
+	tests/pretrained/test_bundled.py tests/pretrained/test_pretrained.py
 
 TOOLS := .venv-tools
 TOOLS_PIP := $(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check \
