@@ -111,7 +111,7 @@ def train(
         if steps < 1:
             raise ValueError(f"--tokens {tokens:,} are less than one batch of --batch {batch:,}.")
         rows = split_text(load_text(text, streaming=False))[0] if hold_out else None
-        known = {config.architecture(): (layer, config) for _, _, layer, config in ARCHITECTURES}
+        known = {name: (made.training_layer, made.training_config) for name, made in ARCHITECTURES.items()}
         if architecture not in known:
             raise ValueError(f"there is no {architecture}: choose from {', '.join(known)}.")
         layer_class, config = known[architecture]
