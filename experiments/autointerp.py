@@ -4,9 +4,9 @@
 
 TEXT holds WikiText-2's valid.txt and test.txt, prepared as `experiments.wikitext` says; the held-out
 sequences are read. TRAINED holds layers that `experiments.frontier` trained (OUTPUT/trained); those at K 32
-are compared. The interpreter is the local one, which names the tokens that an expert fires on; another that knows
-meanings should do better. OUTPUT/ARCHITECTURE keeps every passage, OUTPUT/autointerp.json the scores. A run
-that was interrupted goes on.
+are compared. The interpreter is the local one, which names the tokens that an expert fires on; another that
+knows meanings should do better. OUTPUT/ARCHITECTURE keeps every passage, OUTPUT/autointerp.json the scores.
+A run that was interrupted goes on.
 """
 
 import argparse
