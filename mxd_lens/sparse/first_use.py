@@ -72,9 +72,7 @@ def largest_error(implementation: str, device: torch.device, dtype: torch.dtype)
         values, indices = autograd.topk_gate(kernels, x, W_enc, b_enc, _K)
         mixture = autograd.sparse_decode(kernels, values, indices, W_dec, unit_rows=True)
         weights = [normal(_TOKENS, _K), normal(_TOKENS, _D_OUT)]
-        gradients = torch.autograd.grad(
-            [values, mixture], here, [w.to(device, o.dtype) for w, o in zip(weights, (values, mixture))]
-        )
+        gradients = torch.autograd.grad([values, mixture], here, [w.to(device) for w in weights])
 
         # The same entries: which of two nearly equal ones is chosen depends on rounding.
         chosen = indices.cpu()
