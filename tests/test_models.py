@@ -274,7 +274,7 @@ def test_what_is_no_model_and_layer(tiny_model, layer) -> None:
     ):
         with pytest.raises(TypeError, match=rf"measured\(model, sae, ...\) takes a hooked model.* {got}"):
             measured(model, sae, TOKENS)
-    with pytest.warns(DeprecationWarning, match="model first"), pytest.raises(TypeError, match="got MxD and MxD"):
+    with pytest.warns(DeprecationWarning, match="first"), pytest.raises(TypeError, match="got MxD and MxD"):
         measured(layer, layer)
     with pytest.raises(TypeError, match="missing a required argument: 'sae'"):
         measured(tiny_model)
