@@ -408,7 +408,7 @@ def _judge(
     saes = {}
     for point in points:
         try:
-            sae = SAE.load_from_disk(output / "trained" / point.name)
+            sae = SAE.load_from_disk(output / "trained" / point.name, device=str(model.cfg.device))
         except (OSError, ValueError, SafetensorError) as e:
             point.failure = f"{type(e).__name__}: {e}"
             logger.error("%s cannot be read. %s", point.name, e)
