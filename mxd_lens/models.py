@@ -2,7 +2,9 @@
 
 import contextlib
 import difflib
+import functools
 import importlib.util
+import inspect
 import io
 import logging
 import os
@@ -10,10 +12,10 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, ParamSpec, TypeVar, overload
 
 import torch
 from platformdirs import user_cache_path
@@ -39,6 +41,8 @@ SAME_HOOK_POINTS = (
 """Hook points of a block, as HookedTransformer and as TransformerBridge names them."""
 
 M = TypeVar("M")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @overload
@@ -101,6 +105,66 @@ def load_model(
     model.cfg.model_name = SMOLLM2 if str(name) == SMOLLM2 else model.cfg.model_name
     model.eval()
     return model
+
+
+def model_first(function: Callable[P, R]) -> Callable[P, R]:
+    """Lets a function (model, sae, ...) be called in the former order (sae, model, ...), with a warning.
+
+    The arguments are told apart by type. The second one may be a layer, a mapping of layers by name or a
+    sequence of layers.
+
+    Raises:
+        TypeError: when called, if the arguments are not a hooked model and a layer.
+    """
+    signature = inspect.signature(function)
+    first, second = list(signature.parameters)[:2]
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        given: tuple[Any, ...] = args
+        named: dict[str, Any] = kwargs
+        if given and _is_layers(given[0]) and (len(given) > 1 or first in named):
+            warnings.warn(
+                f"{function.__name__} takes the model first: call {function.__name__}({first}, {second}, ...)"
+                ". The order with the layer first ends with the next version.",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            model = (given[1],) if len(given) > 1 else (named.pop(first),)
+            given = (*model, given[0], *given[2:])
+        bound = signature.bind(*given, **named).arguments  # a TypeError that names what is missing
+        if not _is_model(bound[first]) or not _is_layers(bound[second]):
+            raise TypeError(
+                f"{function.__name__}({first}, {second}, ...) takes a hooked model (see load_model) and then "
+                f"a layer (an MxD, a transcoder or an SAE), got {type(bound[first]).__name__} and "
+                f"{type(bound[second]).__name__}."
+            )
+        return function(*given, **named)
+
+    return called
+
+
+def _is_model(value: Any) -> bool:
+    return hasattr(value, "run_with_hooks") and not _is_layers(value)
+
+
+def _is_layers(value: Any) -> bool:
+    if isinstance(value, Mapping | list | tuple):
+        return all(map(_is_layers, value.values() if isinstance(value, Mapping) else value))
+    return isinstance(getattr(value, "_orig_mod", value), SAE)  # torch.compile wraps a layer
+
+
+def check_tokens(tokens: Any) -> None:
+    """Raises TypeError or ValueError where `tokens` are not token ids [sequences, positions]."""
+    if not isinstance(tokens, torch.Tensor):
+        raise TypeError(
+            f"tokens must be a tensor of token ids [sequences, positions], got {type(tokens).__name__}: "
+            "model.to_tokens makes them of text."
+        )
+    if tokens.ndim != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool or not tokens.numel():
+        raise ValueError(
+            f"tokens must be token ids [sequences, positions], got {tuple(tokens.shape)} of {tokens.dtype}."
+        )
 
 
 def hook_point_name(model: Any, name: str) -> str:

@@ -126,7 +126,11 @@ def check_command(words: list[str]) -> None:
         assert re.search(rf"^{re.escape(arguments[0])}:", (ROOT / "Makefile").read_text(), re.MULTILINE), (
             words
         )
-    elif program == "python" and arguments[:1] == ["-m"] and arguments[1].startswith("benchmarks."):
+    elif (
+        program == "python"
+        and arguments[:1] == ["-m"]
+        and arguments[1].startswith(("benchmarks.", "experiments."))
+    ):
         source = (ROOT / f"{arguments[1].replace('.', '/')}.py").read_text()
         for option in (word for word in arguments if word.startswith("--")):
             assert f'"{option}"' in source, words
@@ -150,7 +154,7 @@ def check_options(command: Any, arguments: list[str]) -> None:
         "mxd-lens trian out",
         "mxd-lens train out --layers 3",
         "make coffee",
-        "python -m benchmarks.frontier --x",
+        "python -m experiments.frontier --x",
     ],
 )
 def test_a_command_that_does_not_exist_is_found(line):

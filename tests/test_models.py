@@ -16,8 +16,15 @@ from sae_lens import HookedSAETransformer
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from transformers import AutoModelForCausalLM
 
-from mxd_lens import load_model, models
-from mxd_lens.models import SMOLLM2, hook_point_name, is_same_model, smollm2_folder
+from mxd_lens import MxD, MxDConfig, ablate, load_model, models, steer
+from mxd_lens.models import (
+    SMOLLM2,
+    check_tokens,
+    hook_point_name,
+    is_same_model,
+    model_first,
+    smollm2_folder,
+)
 
 TOKENS = torch.tensor([[1, 3, 4, 5, 6, 7, 8], [1, 9, 10, 20, 11, 12, 3]])
 MODEL_CLASSES = [HookedSAETransformer, SAETransformerBridge]
@@ -228,3 +235,65 @@ def test_a_name_near_nothing(tiny_model: HookedSAETransformer) -> None:
 def test_is_same_model(one: str, other: str, same: bool) -> None:
     assert is_same_model(one, other) is same
     assert is_same_model(other, one) is same
+
+
+@model_first
+def measured(model, sae, tokens=None, *, batch_size=8):
+    return model, sae, tokens, batch_size
+
+
+@pytest.fixture
+def layer() -> MxD:
+    cfg = MxDConfig(d_in=4, d_out=4, d_sae=6, d_hidden=3, k=2)
+    cfg.metadata.hook_name, cfg.metadata.hook_name_out = HOOK_IN, HOOK_OUT
+    return MxD(cfg)
+
+
+@pytest.mark.filterwarnings("error")
+def test_model_first(tiny_model, layer) -> None:
+    for layers in (layer, {"a": layer}, [layer, layer]):
+        expected = (tiny_model, layers, TOKENS, 2)
+        assert measured(tiny_model, layers, TOKENS, batch_size=2) == expected
+        assert measured(tiny_model, sae=layers, tokens=TOKENS, batch_size=2) == expected
+        assert measured(sae=layers, model=tiny_model, tokens=TOKENS, batch_size=2) == expected
+        for old in (
+            lambda layers=layers: measured(layers, tiny_model, TOKENS, batch_size=2),
+            lambda layers=layers: measured(layers, model=tiny_model, tokens=TOKENS, batch_size=2),
+        ):
+            with pytest.warns(DeprecationWarning, match=r"call measured\(model, sae, ...\)"):
+                assert old() == expected
+
+
+def test_what_is_no_model_and_layer(tiny_model, layer) -> None:
+    for model, sae, got in (
+        (tiny_model, tiny_model, "HookedSAETransformer and HookedSAETransformer"),
+        (tiny_model, TOKENS, "HookedSAETransformer and Tensor"),
+        (tiny_model, "mxd", "HookedSAETransformer and str"),
+        (None, layer, "NoneType and MxD"),
+        (tiny_model.tokenizer, layer, "and MxD"),
+    ):
+        with pytest.raises(TypeError, match=rf"measured\(model, sae, ...\) takes a hooked model.* {got}"):
+            measured(model, sae, TOKENS)
+    with pytest.warns(DeprecationWarning, match="first"), pytest.raises(TypeError, match="got MxD and MxD"):
+        measured(layer, layer)
+    with pytest.raises(TypeError, match="missing a required argument: 'sae'"):
+        measured(tiny_model)
+    with pytest.raises(TypeError, match=r"steer\(model, sae, ...\).* Tensor and MxD"):
+        steer(TOKENS, layer, {0: 1.0})
+    with pytest.raises(TypeError, match="ablate"):
+        ablate(tiny_model, None, [0])
+
+
+@pytest.mark.parametrize("given", ["the cat", [[1, 2]], None])
+def test_what_is_no_tensor_of_tokens(given) -> None:
+    with pytest.raises(TypeError, match=rf"got {type(given).__name__}: model.to_tokens"):
+        check_tokens(given)
+
+
+@pytest.mark.parametrize(
+    "given", [TOKENS[0], TOKENS.float(), TOKENS > 0, torch.zeros(0, 5, dtype=torch.long), TOKENS[None]]
+)
+def test_tokens_of_another_kind(given) -> None:
+    check_tokens(TOKENS)
+    with pytest.raises(ValueError, match=r"token ids \[sequences, positions\], got"):
+        check_tokens(given)

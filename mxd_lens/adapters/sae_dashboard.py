@@ -177,7 +177,7 @@ def run_sae_dashboard(
     runner = _imported("sae_vis_runner").SaeVisRunner
     config = _imported("sae_vis_data").SaeVisConfig
     layout = _imported("layout").SaeVisLayoutConfig.default_feature_centric_layout()
-    check_fits(sae, model)
+    check_fits(model, sae)
     hook_point = _checked_input(sae, model)
     ids = expert_ids(sae, experts)
     if context is not None and context < 1:

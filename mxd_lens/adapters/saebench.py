@@ -227,7 +227,7 @@ def for_sae_bench(
     if len(names) != 1:
         raise ValueError(f"SAEBench takes layers of one hook point at a time, got {sorted(names)}.")
     for sae in saes.values():
-        check_fits(sae, model)
+        check_fits(model, sae)
     (shown_at,) = names
     with ExitStack() as stack:
         # Its shape annotations give one name to two sizes, which newer versions of beartype notice.

@@ -58,7 +58,7 @@ def saelens_metrics(
     Raises:
         ValueError: as `evaluate`.
     """
-    check_fits(sae, model)
+    check_fits(model, sae)
     if tokens.ndim != 2 or tokens.shape[1] < 2 or tokens.is_floating_point():
         raise ValueError(f"tokens must be ids [sequences, positions > 1], got {tuple(tokens.shape)}.")
     place = Place.of(sae, model, tokens)

@@ -158,7 +158,7 @@ def read_stream(
     at = block_of(sae)
     earlier = _by_block(layers, at)
     for layer in (sae, *earlier.values()):
-        check_trained_on(layer, model)
+        check_trained_on(model, layer)
     return Stream.of(model, tokens, position % len(tokens), at, [sae, *earlier.values()]), earlier, n
 
 

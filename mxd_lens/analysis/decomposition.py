@@ -238,7 +238,7 @@ def layer_input(
     Raises:
         ValueError: the layer was trained on another model, or on a hook this one lacks.
     """
-    check_trained_on(sae, model)
+    check_trained_on(model, sae)
     name = input_hook(sae, model)
     return run_to(model, tokens, [name])[name].to(sae.W_dec)
 

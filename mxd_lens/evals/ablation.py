@@ -255,7 +255,7 @@ def what_experts_carry(
     if judged_sequences < 1:
         raise ValueError(f"judged_sequences must be at least 1, got {judged_sequences}.")
     for sae in saes.values():
-        check_fits(sae, model)
+        check_fits(model, sae)
     judged = tokens[:judged_sequences]
     reports = evaluate_all(saes, model, judged, batch_size, progress)
     constant = _best_constants(saes, model, judged, batch_size, progress)

@@ -258,7 +258,7 @@ def _one_mlp(model: Any, layers: Mapping[str, SAE[Any]]) -> str:
         raise ValueError("There is no layer to compare: give them by name, {'MxD': mxd, ...}.")
     names = {}
     for name, sae in layers.items():
-        check_fits(sae, model)
+        check_fits(model, sae)
         names[name] = hook_names(sae)[1]
         if attached_layer(model, names[name]) is not None:
             raise ValueError(

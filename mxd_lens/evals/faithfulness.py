@@ -177,7 +177,7 @@ def evaluate_all(
         The reports by the layers' names.
     """
     for sae in saes.values():
-        check_fits(sae, model)
+        check_fits(model, sae)
     if tokens.ndim != 2 or tokens.shape[1] < 2 or tokens.is_floating_point():
         raise ValueError(f"tokens must be ids [sequences, positions > 1], got {tuple(tokens.shape)}.")
     layers = {name: Layer(sae, Place.of(sae, model, tokens)) for name, sae in saes.items()}

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from sae_lens import SAE
 from torch import Tensor
 
-from mxd_lens.models import attached_layer, equivalent_hook_names, hook_point_name, is_same_model
+from mxd_lens.models import attached_layer, equivalent_hook_names, hook_point_name, is_same_model, model_first
 
 Replacement = Callable[[Float[Tensor, "*batch d_in"], Float[Tensor, "*batch d_out"]], Tensor]
 Hook = tuple[str | Callable[[str], bool], Callable[..., Any]]
@@ -76,15 +76,17 @@ def hook_names(sae: SAE[Any]) -> tuple[str, str]:
     return metadata.hook_name, metadata.hook_name_out or metadata.hook_name
 
 
-def check_fits(sae: SAE[Any], model: Any) -> None:
+@model_first
+def check_fits(model: Any, sae: SAE[Any]) -> None:
     """Raises ValueError where a layer was trained on another model, or on hooks this one lacks."""
     for name in hook_names(sae):
         if attached_layer(model, name) is None:
             hook_point_name(model, name)
-    check_trained_on(sae, model)
+    check_trained_on(model, sae)
 
 
-def check_trained_on(sae: SAE[Any], model: Any) -> None:
+@model_first
+def check_trained_on(model: Any, sae: SAE[Any]) -> None:
     """Raises ValueError where a layer was trained on another model."""
     trained_on = sae.cfg.metadata.model_name
     if trained_on and not is_same_model(trained_on, model.cfg.model_name):

@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
 from mxd_lens.hooks.replace import check_fits, hook_names
-from mxd_lens.models import attached_layer, block_of, hook_point, past_length
+from mxd_lens.models import attached_layer, block_of, hook_point, model_first, past_length
 
 Mode = Literal["add", "set", "scale"]
 PositionFilter = Callable[[Int[Tensor, " positions"]], Bool[Tensor, "*sequences positions"]]
@@ -31,6 +31,7 @@ Positions = int | slice | Sequence[int] | Tensor | PositionFilter | None
 Coefficient = float | Float[Tensor, "*sequences positions"]
 
 
+@model_first
 def steer(
     model: Any,
     sae: SAE[Any],
@@ -87,6 +88,7 @@ def steer(
     return Intervention(model, sae, Edit.of(sae, experts, mode), Where(positions))
 
 
+@model_first
 def ablate(
     model: Any,
     sae: SAE[Any],
@@ -330,7 +332,7 @@ class Intervention(AbstractContextManager[Any]):
     """An edit of a layer's coefficients in a model, at some positions, while it is entered."""
 
     def __init__(self, model: Any, sae: SAE[Any], edit: Edit, where: Where) -> None:
-        check_fits(sae, model)
+        check_fits(model, sae)
         self.model = model
         self.sae = sae
         self.edit = edit

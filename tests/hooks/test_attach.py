@@ -277,14 +277,14 @@ def test_a_layer_without_hooks_is_said():
 
 
 def test_check_fits(any_model, mxd):
-    check_fits(mxd, any_model)
+    check_fits(any_model, mxd)
     mxd.cfg.metadata.model_name = "gpt2"
     with pytest.raises(ValueError, match="was trained on gpt2, and the model is"):
-        check_fits(mxd, any_model)
+        check_fits(any_model, mxd)
     mxd.cfg.metadata.model_name = any_model.cfg.model_name
     mxd.cfg.metadata.hook_name = "blocks.1.mlp.hook_inn"
     with pytest.raises(ValueError, match=r"no hook point 'blocks\.1\.mlp\.hook_inn'. Near: .*blocks\.1\.mlp"):
-        check_fits(mxd, any_model)
+        check_fits(any_model, mxd)
 
 
 @pytest.mark.real_model

@@ -91,7 +91,7 @@ def collect_dashboard(
             is attached, or `tokens` are no ids, or no expert is named; or as `take_apart`.
     """
     cfg = cfg or CollectionConfig()
-    check_fits(sae, model)
+    check_fits(model, sae)
     if tokens.ndim != 2 or tokens.is_floating_point() or tokens.shape[1] < 2:
         raise ValueError(f"tokens must be ids [sequences, positions > 1], got {tuple(tokens.shape)}.")
     if cfg.loss_effects and attached_layer(model, hook_names(sae)[1]) is not None:

@@ -384,7 +384,7 @@ def pool(
     from scipy.sparse import csr_matrix, vstack
 
     for sae in saes.values():
-        check_trained_on(sae, model)
+        check_trained_on(model, sae)
     hook_of = {name: input_hook(sae, model) for name, sae in saes.items()}
     sequences, n_cut = tokenized(model, texts, saes, context_of(saes, model, context_size))
     special = torch.tensor(special_token_ids(model, True))

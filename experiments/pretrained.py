@@ -1,6 +1,6 @@
 """The layers that come with the package: trained, judged, rounded to bfloat16, described.
 
-    python -m benchmarks.pretrained --text FOLDER --output FOLDER [--layer 11] [--k 32] [--epochs 3]
+    python -m experiments.pretrained --text FOLDER --output FOLDER [--layer 11] [--k 32] [--epochs 3]
 
 FOLDER holds WikiText-2's valid.txt and test.txt; nltk must find the Brown corpus. The MxD and the
 transcoder of as many parameters are trained on one stream of both texts, and judged on sequences of
@@ -18,7 +18,7 @@ from sae_lens.constants import RUNNER_CFG_FILENAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.wikitext import BOS, CONTEXT, HELD_OUT, wikitext_sequences
+from experiments.wikitext import BOS, CONTEXT, HELD_OUT, wikitext_sequences
 from mxd_lens import ExpertStatistics, FaithfulnessReport, TranscoderRunnerConfig, load_model
 from mxd_lens.analysis.decomposition import active_experts, layer_input
 from mxd_lens.architectures.base import PairedTranscoder

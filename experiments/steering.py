@@ -1,9 +1,9 @@
 """The paper's steering experiment on several decompositions of one MLP of SmolLM2-135M.
 
-    python -m benchmarks.steering --text FOLDER --output FOLDER --layers NAME=FOLDER [NAME=FOLDER ...]
+    python -m experiments.steering --text FOLDER --output FOLDER --layers NAME=FOLDER [NAME=FOLDER ...]
         [--experts 100] [--strength 2]
 
-FOLDER of --text holds WikiText-2's valid.txt and test.txt, as `benchmarks.wikitext` says. Each layer's
+FOLDER of --text holds WikiText-2's valid.txt and test.txt, as `experiments.wikitext` says. Each layer's
 experts are drawn at random from those active on held-out text; each layer has one coefficient, with
 which its median expert moves the layer's output equally far (`matched_coefficient`). The local judge
 rates. A run that was interrupted goes on.
@@ -18,7 +18,7 @@ from rich.console import Console
 from sae_lens import SAE
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 
-from benchmarks.wikitext import BOS, wikitext_sequences
+from experiments.wikitext import BOS, wikitext_sequences
 from mxd_lens import load_model
 from mxd_lens.analysis.decomposition import active_experts, layer_input
 from mxd_lens.evals.steering_scores import matched_coefficient, steering_scores

@@ -1,8 +1,8 @@
 """The probing in results/: MxDs, transcoders and an SAE of one MLP on the four tasks that need no network.
 
-    python -m benchmarks.probing --layers FOLDER --output FOLDER [--texts 600] [--context 48]
+    python -m experiments.probing --layers FOLDER --output FOLDER [--texts 600] [--context 48]
 
-FOLDER is where `benchmarks.frontier` left its trained layers (its output's `trained`), named
+FOLDER is where `experiments.frontier` left its trained layers (its output's `trained`), named
 layer12-NAME-k32-seed0. nltk must find genesis, udhr, sentence_polarity, movie_reviews, brown and abc.
 """
 

@@ -1,6 +1,6 @@
 """What every MLP of SmolLM2-135M is worth to it: the cost of losing it, in nats per token.
 
-    python -m benchmarks.ablation --json FILE [--sequences 16]
+    python -m experiments.ablation --json FILE [--sequences 16]
 
 Zero-ablated: the MLP's output is 0 at every token but BOS. Mean-ablated: it is its mean over those
 tokens. The text is the Brown corpus, which nltk must find.
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import trange
 
-from benchmarks.wikitext import BOS
+from experiments.wikitext import BOS
 from mxd_lens import load_model
 from mxd_lens.models import SMOLLM2
 from mxd_lens.text import load_text, token_sequences

@@ -1,6 +1,6 @@
 """The headline run: an MxD of one SmolLM2-135M layer on WikiText-2, trained by the real runner.
 
-    python -m benchmarks.wikitext --text FOLDER --output FOLDER [--layer 12] [--k 32] [--lr 4e-3] [--raw]
+    python -m experiments.wikitext --text FOLDER --output FOLDER [--layer 12] [--k 32] [--lr 4e-3] [--raw]
 
 FOLDER holds WikiText-2's valid.txt and test.txt. The text is detokenised, its lines of more than 40
 characters shuffled, joined with the end-of-text token and cut into 127 tokens after a BOS; the first

@@ -1,9 +1,9 @@
 """What the experts of SmolLM2-135M's layers carry: four architectures, an SAE, and the bundled pair.
 
-    python -m benchmarks.carry --text FOLDER --trained FOLDER --output FOLDER [--layers 12,11] [--seeds 0]
+    python -m experiments.carry --text FOLDER --trained FOLDER --output FOLDER [--layers 12,11] [--seeds 0]
 
-TEXT holds WikiText-2's valid.txt and test.txt, prepared as `benchmarks.wikitext` says; the sequences read
-here are held out from the training of all layers. TRAINED holds layers that `benchmarks.frontier` trained
+TEXT holds WikiText-2's valid.txt and test.txt, prepared as `experiments.wikitext` says; the sequences read
+here are held out from the training of all layers. TRAINED holds layers that `experiments.frontier` trained
 (OUTPUT/trained), of which layer 12's at K 32 are compared; layer 11's are those that come with the package.
 With several --seeds, the stability of layer 12's experts over these is measured too. OUTPUT gets a JSON
 file, a page and pictures for either layer. A run that was interrupted goes on: what is in the files stays.
@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from sae_lens import SAE
 
-from benchmarks.wikitext import HELD_OUT, wikitext_sequences
+from experiments.wikitext import HELD_OUT, wikitext_sequences
 from mxd_lens import load_model
 from mxd_lens.cli import integers
 from mxd_lens.evals.ablation import CarryReport, load_carry, save_carry, what_experts_carry

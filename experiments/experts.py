@@ -1,8 +1,8 @@
 """Three experts of the bundled MxD, described by hand, and the evidence: a page and a JSON file.
 
-    python -m benchmarks.experts --text FOLDER --output FOLDER [--sequences 256]
+    python -m experiments.experts --text FOLDER --output FOLDER [--sequences 256]
 
-FOLDER of --text holds WikiText-2's valid.txt and test.txt, as `benchmarks.wikitext` says; nltk must find the
+FOLDER of --text holds WikiText-2's valid.txt and test.txt, as `experiments.wikitext` says; nltk must find the
 Brown corpus. Both texts are held out from the MxD's training. How an expert's description was tested: a rule
 says, without looking at the expert, at which tokens it should fire.
 """
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.wikitext import BOS, wikitext_sequences
+from experiments.wikitext import BOS, wikitext_sequences
 from mxd_lens import ExpertStatistics, MxD, ablate, load_model, logit_lens, steer
 from mxd_lens.analysis.decomposition import active_experts, layer_input
 from mxd_lens.analysis.weights import nearest_neurons, spectrum

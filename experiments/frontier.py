@@ -1,9 +1,9 @@
 """The frontier in results/: four architectures and the SkipMxD, six Ks, three layers of SmolLM2-135M.
 
-    python -m benchmarks.frontier --text FOLDER --output FOLDER [--layers 12,2,11] [--k 32,8,128,16,64,256]
+    python -m experiments.frontier --text FOLDER --output FOLDER [--layers 12,2,11] [--k 32,8,128,16,64,256]
         [--architectures mxd,skip_mxd,topk_transcoder,topk_skip_transcoder,topk_sae]
 
-FOLDER holds WikiText-2's valid.txt and test.txt, prepared as `benchmarks.wikitext` says: the first
+FOLDER holds WikiText-2's valid.txt and test.txt, prepared as `experiments.wikitext` says: the first
 sequences are held out, the rest is trained on. The second text to judge on is the Brown corpus, which
 nltk must find. A sweep that was interrupted goes on; its points are measured a layer and a K at a time.
 
@@ -19,7 +19,7 @@ from datasets import Dataset
 from rich.console import Console
 from sae_lens.saes.sae import TrainingSAEConfig
 
-from benchmarks.wikitext import BOS, HELD_OUT, wikitext_sequences
+from experiments.wikitext import BOS, HELD_OUT, wikitext_sequences
 from mxd_lens import frontier, load_model
 from mxd_lens.cli import integers
 from mxd_lens.evals.frontier import CONTENDERS, Contender, Size

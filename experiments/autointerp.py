@@ -1,12 +1,12 @@
 """How far the token alone explains experts: detection and fuzzing of token lists, five architectures.
 
-    python -m benchmarks.autointerp --text FOLDER --trained FOLDER --output FOLDER [--layer 12]
+    python -m experiments.autointerp --text FOLDER --trained FOLDER --output FOLDER [--layer 12]
 
-TEXT holds WikiText-2's valid.txt and test.txt, prepared as `benchmarks.wikitext` says: the held-out sequences
-are read. TRAINED holds layers that `benchmarks.frontier` trained (OUTPUT/trained), of which those at K 32 are
-compared. The interpreter is the local one, which names the tokens that an expert fires on; another that knows
-meanings should do better. OUTPUT/ARCHITECTURE keeps every passage, OUTPUT/autointerp.json the scores. A run
-that was interrupted goes on.
+TEXT holds WikiText-2's valid.txt and test.txt, prepared as `experiments.wikitext` says; the held-out
+sequences are read. TRAINED holds layers that `experiments.frontier` trained (OUTPUT/trained); those at K 32
+are compared. The interpreter is the local one, which names the tokens that an expert fires on; another that
+knows meanings should do better. OUTPUT/ARCHITECTURE keeps every passage, OUTPUT/autointerp.json the scores.
+A run that was interrupted goes on.
 """
 
 import argparse
@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from sae_lens import SAE
 
-from benchmarks.carry import NAMES, K
-from benchmarks.wikitext import HELD_OUT, wikitext_sequences
+from experiments.carry import NAMES, K
+from experiments.wikitext import HELD_OUT, wikitext_sequences
 from mxd_lens import load_model
 from mxd_lens.evals.autointerp import Autointerp, Task, autointerp
 from mxd_lens.models import SMOLLM2

@@ -1,0 +1,1 @@
+"""The experiments that wrote results/, run by hand: `python -m experiments.<name>`."""
