@@ -125,7 +125,10 @@ def load_model(
             str(folder if is_local else name), device=device, dtype=torch_dtype
         )
     elif is_local:
-        model = _hooked_transformer_from_folder(folder, device, torch_dtype, model_class)
+        packaged = PACKAGED_MODELS.get(str(name))
+        model = _hooked_transformer_from_folder(
+            folder, device, torch_dtype, model_class, packaged.hub_name if packaged else None
+        )
     else:
         known = transformer_lens_loading.make_model_alias_map()
         if str(name).lower() not in known:
@@ -316,9 +319,16 @@ def _plain_name(name: str) -> str:
 
 
 def _hooked_transformer_from_folder(
-    folder: Path, device: str | torch.device, dtype: torch.dtype, model_class: type[Any]
+    folder: Path,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    model_class: type[Any],
+    hub_name: str | None = None,
 ) -> Any:
-    """TransformerLens' own conversion, of a folder rather than of a name on its list."""
+    """TransformerLens' own conversion, of a folder rather than of a name on its list.
+
+    It reads some architectures' settings, as Gemma 3's, from a list of its own: by the `hub_name`.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     hf_model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
@@ -327,7 +337,10 @@ def _hooked_transformer_from_folder(
         # TransformerLens guesses the architecture from the words "llama" and "gemma" in the path
         # before it reads the config: give it a path without words.
         shutil.copy(folder / "config.json", neutral)
-        cfg = transformer_lens_loading.get_pretrained_model_config(neutral, device=str(device), dtype=dtype)
+        is_listed = hub_name in transformer_lens_loading.OFFICIAL_MODEL_NAMES
+        cfg = transformer_lens_loading.get_pretrained_model_config(
+            hub_name if is_listed else neutral, device=str(device), dtype=dtype
+        )
         state_dict = transformer_lens_loading.get_pretrained_state_dict(neutral, cfg, hf_model, dtype=dtype)
         cfg.model_name = folder.resolve().name
         cfg.tokenizer_name = str(folder)

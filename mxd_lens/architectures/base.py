@@ -142,7 +142,8 @@ class PairedTranscoderConfig(TranscoderConfig):
         Raises:
             ValueError: a layer of one expert has more.
         """
-        one, two = (cls(**{**settings, "k": 1, "d_sae": d_sae}).n_parameters for d_sae in (1, 2))
+        k = {} if settings.get("k", 1) is None or cls.__dataclass_fields__["k"].default is None else {"k": 1}
+        one, two = (cls(**{**settings, **k, "d_sae": d_sae}).n_parameters for d_sae in (1, 2))
         if n_parameters < one:
             raise ValueError(
                 f"A layer of architecture {cls.architecture()!r} with one expert has {one:,} parameters, and "

@@ -1,7 +1,7 @@
 """Training a layer with SAELens' trainer: what a configuration adds, the loss, one step."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from sae_lens.saes.sae import (
@@ -27,6 +27,8 @@ class TrainingPairedTranscoderConfig(PairedTranscoderConfig, TrainingSAEConfig):
     """Weight of the penalty mean_tokens sum_n |a_n|. Needed where k is None."""
     l1_warm_up_steps: int = 0
     """Steps over which the penalty grows to its full weight."""
+    needs_l1: ClassVar[bool] = True
+    """Whether nothing but the L1 penalty makes the experts sparse where k is None."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -35,7 +37,7 @@ class TrainingPairedTranscoderConfig(PairedTranscoderConfig, TrainingSAEConfig):
                 "decoder_init_norm must be None: each architecture starts W_dec as its source does, "
                 f"got {self.decoder_init_norm}."
             )
-        if self.l1_coefficient < 0 or (self.k is None and self.l1_coefficient == 0):
+        if self.l1_coefficient < 0 or (self.needs_l1 and self.k is None and self.l1_coefficient == 0):
             raise ValueError(
                 "l1_coefficient must be positive where k is None (it is what makes the experts "
                 f"sparse) and never negative, got {self.l1_coefficient} with k = {self.k}."

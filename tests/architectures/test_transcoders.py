@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from architecture_settings import fitting
 from conftest import D_MODEL, HOOK_IN, HOOK_OUT
 from sae_lens import SAE, SkipTranscoder, TrainingSAE, Transcoder
 from sae_lens.saes.sae import SAEMetadata
@@ -118,8 +119,8 @@ def test_attached_it_is_its_forward_pass(kind, tiny_model):
 @pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=lambda a: a[0].__name__)
 def test_every_architecture_saves_and_loads_bit_by_bit(architecture, dtype, tmp_path):
     inference, _, training, training_config = architecture
-    extra = {"d_hidden": 6} if "d_hidden" in training_config.__dataclass_fields__ else {}
-    layer = randomised(training(training_config(d_in=D_IN, d_out=D_OUT, d_sae=N, k=K, dtype=dtype, **extra)))
+    settings = fitting(training_config, d_in=D_IN, d_out=D_OUT, d_sae=N, k=K, dtype=dtype)
+    layer = randomised(training(training_config(**settings)))
     x = torch.randn(9, D_IN, dtype=layer.dtype)
     layer.save_inference_model(tmp_path / "inference")
     for loaded in (

@@ -11,6 +11,7 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
+from architecture_settings import fitting
 from conftest import HOOK_IN, HOOK_OUT, use_hub
 from hub_stand_in import READER_TOKEN, HubStandIn
 from markdown_reader import tables_of
@@ -38,7 +39,7 @@ NAMES = list(ARCHITECTURES)
 
 def random_layer(architecture: str = "mxd", seed: int = 0, **changes: Any) -> Any:
     layer_class, config_class, _, _ = ARCHITECTURES[architecture]
-    widths = {"d_in": 4, "d_out": 5, "d_sae": 12, "k": 2} | ({"d_hidden": 3} if "mxd" in architecture else {})
+    widths = fitting(config_class, d_in=4, d_out=5, d_sae=12, k=2)
     metadata = SAEMetadata(model_name="gpt2", hook_name=HOOK_IN, hook_name_out=HOOK_OUT)
     layer = layer_class(config_class(**(widths | {"metadata": metadata} | changes)))
     generator = torch.Generator().manual_seed(seed)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from architecture_settings import fitting
 from conftest import HOOK_OUT
 from datasets import Dataset
 from sae_lens import SAE, TopKTrainingSAEConfig
@@ -22,7 +23,7 @@ def layers() -> list:
     for _, _, training, config in ARCHITECTURES.values():
         has_branch = "d_hidden" in config.__dataclass_fields__
         for extra in [{"d_hidden": 6}, {"d_hidden": 6, "gated": True}] if has_branch else [{}]:
-            cfg = config(d_in=D_IN, d_out=D_OUT, d_sae=N, k=K, dtype="float64", **extra)
+            cfg = config(**fitting(config, d_in=D_IN, d_out=D_OUT, d_sae=N, k=K, dtype="float64", **extra))
             made.append(pytest.param(cfg, training, id=f"{training.__name__} {extra}"))
     return made
 
