@@ -337,9 +337,9 @@ def _hooked_transformer_from_folder(
         # TransformerLens guesses the architecture from the words "llama" and "gemma" in the path
         # before it reads the config: give it a path without words.
         shutil.copy(folder / "config.json", neutral)
-        is_listed = hub_name in transformer_lens_loading.OFFICIAL_MODEL_NAMES
+        listed = hub_name if hub_name in transformer_lens_loading.OFFICIAL_MODEL_NAMES else None
         cfg = transformer_lens_loading.get_pretrained_model_config(
-            hub_name if is_listed else neutral, device=str(device), dtype=dtype
+            listed or neutral, device=str(device), dtype=dtype
         )
         state_dict = transformer_lens_loading.get_pretrained_state_dict(neutral, cfg, hf_model, dtype=dtype)
         cfg.model_name = folder.resolve().name

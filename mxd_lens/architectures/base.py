@@ -32,7 +32,7 @@ counts the parameters of the layer.
 """
 
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -329,7 +329,7 @@ class PairedTranscoder(Transcoder):
     # Weights
 
     @override
-    def get_activation_fn(self) -> nn.Module:
+    def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
         return nn.ReLU() if self.cfg.k is None else TopK(self.cfg.k)
 
     @override

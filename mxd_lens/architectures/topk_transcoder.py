@@ -4,6 +4,7 @@ a = TopK_k(relu(G^T x + b_G))        feature coefficients           [d_sae]
 y = C^T a + b                        every feature is one direction [d_out]
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -63,7 +64,7 @@ class TopKTranscoder(PairedTranscoder):
         return Active(values, features, self.cfg.d_sae)
 
     @override
-    def get_activation_fn(self) -> nn.Module:
+    def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
         return super().get_activation_fn() if self.cfg.relu or self.cfg.k is None else RawTopK(self.cfg.k)
 
     @override
