@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from mxd_lens.models import load_model
     from mxd_lens.pretrained.formats.paper import load_reference_checkpoint
     from mxd_lens.pretrained.hub import push_to_hub
+    from mxd_lens.pretrained.load import load_layer
     from mxd_lens.pretrained.registry import list_pretrained, register_release
     from mxd_lens.training.activations import PairedActivationsStore
     from mxd_lens.training.runner import TranscoderRunnerConfig, TranscoderTrainingRunner
@@ -61,6 +62,7 @@ _MODULES = (
     "hooks.steer",
     "pretrained.hub",
     "pretrained.formats.paper",
+    "pretrained.load",
     "pretrained.registry",
     "analysis.decomposition",
     "analysis.statistics",
@@ -113,6 +115,7 @@ __all__ = [
     "find_experts",
     "frontier",
     "list_pretrained",
+    "load_layer",
     "load_model",
     "load_reference_checkpoint",
     "logit_lens",

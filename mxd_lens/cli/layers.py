@@ -31,6 +31,7 @@ from mxd_lens.cli.options import (
     integers,
     is_finite,
     is_list_of_integers,
+    is_text,
     one_of,
     output_file,
     output_folder,
@@ -114,7 +115,7 @@ def ablation(
     )
     if again:
         seeds = {f"again: {name}": sae for name, sae in load_layers(again, device).items()}
-        found = stability(model=language_model, saes=saes | seeds, tokens=tokens)
+        found = stability(saes | seeds, language_model, tokens)
         reports = {name: replace(report, stability=found) for name, report in reports.items()}
     output.mkdir(parents=True, exist_ok=True)
     save_carry(output / "ablation.json", reports)
@@ -197,7 +198,10 @@ def compare(
     prompt: Annotated[str, typer.Option(help="The text to decompose the MLP on.")],
     text: Annotated[
         str,
-        typer.Option(help="The text to take means over, as for train; or prompt, for the prompt alone."),
+        typer.Option(
+            help="The text to take means over, as for train; or prompt, for the prompt alone.",
+            callback=checked(lambda text: text if text == "prompt" else is_text(text)),
+        ),
     ] = "embedded",
     sequences: Annotated[int, typer.Option(help="Sequences of that text.", min=1)] = 8,
     skip: Skip = 0,
@@ -297,9 +301,10 @@ def probe(
     html: Html = None,
 ) -> None:
     """Probe how well a few experts separate classes of text."""
-    for layer in layers:
-        source = LayerSource.parse(layer)
-        check_expert(source, [max([candidates, *integers(k)]) - 1], "--k or --candidates")
+    for option, wanted in (("--k", max(integers(k))), ("--candidates", candidates)):
+        for source in map(LayerSource.parse, layers):
+            if (n := source.n_experts) is not None and wanted > n:
+                raise typer.BadParameter(f"{source.name} has only {n:,} experts.", param_hint=option)
 
     from mxd_lens import sparse_probing
 

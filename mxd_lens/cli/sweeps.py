@@ -40,7 +40,9 @@ def frontier(
         str,
         typer.Option(help="Active experts per token, as 8,32,128.", callback=checked(is_list_of_integers(1))),
     ] = "8,16,32,64,128,256",
-    architectures: Annotated[str, typer.Option(help="Which architectures. Default: all.")] = "",
+    architectures: Annotated[
+        str | None, typer.Option(help="Which architectures, as mxd,topk_transcoder. Default: all.")
+    ] = None,
     text: Text = "embedded",
     other_text: Annotated[
         str | None, typer.Option(help="A second text to evaluate on.", callback=checked(is_text))
@@ -90,10 +92,10 @@ def frontier(
     from mxd_lens.reports.frontier import write_frontier_page, write_frontier_png
     from mxd_lens.text import load_text, split_text, token_sequences
 
-    names = architectures.split(",") if architectures else list(CONTENDERS)
+    names = list(CONTENDERS) if architectures is None else architectures.split(",")
     if unknown := set(names) - CONTENDERS.keys():
         raise typer.BadParameter(
-            f"there is no architecture {', '.join(sorted(unknown))}. Choose from {', '.join(CONTENDERS)}.",
+            f"there is no architecture {', '.join(sorted(unknown))!r}. Choose from {', '.join(CONTENDERS)}.",
             param_hint="--architectures",
         )
     language_model = load_language_model(model, device, bridge)

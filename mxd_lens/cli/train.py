@@ -105,7 +105,7 @@ AT_MOST = {
 def option(field: ConfigField) -> inspect.Parameter:
     """The option of a field. It is None where it was not given."""
     names = [field.name.replace("_", "-"), *([SHORT[field.name]] if field.name in SHORT else [])]
-    kind, check, extra = KINDS.get(field.type, (str, json_value, {}))
+    kind, check, extra = KINDS.get(field.type, (str, is_json, {}))
     literal = re.fullmatch(r"Literal\[(.*)\]", field.type)
     if literal:
         kind, check = str, one_of(*re.findall(r"'(\w+)'", literal[1]))
@@ -132,16 +132,25 @@ def option(field: ConfigField) -> inspect.Parameter:
     )
 
 
-def json_value(written: str) -> Any:
-    """A value as JSON: a list, a number, true or null. A word is itself, and none is null."""
-    if written == "none":
-        return None
-    try:
-        return json.loads(written)
-    except ValueError:
-        if not re.fullmatch(r"[\w./:-]+", written):
+def is_json(written: str) -> str:
+    """Checks a value that is written as JSON; a word needs no quotes, and none is null."""
+    if not re.fullmatch(r"[\w./:-]+", written):
+        try:
+            json.loads(written)
+        except ValueError:
             raise ValueError(f"{written!r} is not JSON.") from None
-        return written
+    return written
+
+
+def value_of(name: str, value: Any) -> Any:
+    """An option's value as its field has it."""
+    field = RUN.get(name) or LAYER.get(name) or LOGGING[name]
+    if field.type in KINDS or field.type.startswith("Literal"):
+        return value
+    try:
+        return None if value == "none" else json.loads(value)
+    except ValueError:
+        return value  # a word
 
 
 KINDS: dict[str, tuple[type, Callable[[Any], Any] | None, dict[str, Any]]] = {
@@ -253,7 +262,7 @@ def train(
     Each becomes a folder that SAELens reads. With several layers, architectures, K or seeds, one pass of the
     language model feeds all of them, and each is written to a folder of its own in OUTPUT.
     """
-    given = {name: value for name, value in settings.items() if value is not None}
+    given = {name: value_of(name, value) for name, value in settings.items() if value is not None}
     check_settings(given)
     wanted = members(layers, architectures, k, seeds, n_blocks_of(model))
     for member in wanted.values():
@@ -430,25 +439,20 @@ def run_config(
     """
     from sae_lens import LoggingConfig
 
-    from mxd_lens import TranscoderRunnerConfig, matched_n_experts, matched_n_features
-    from mxd_lens.architectures import ARCHITECTURES as CLASSES
-    from mxd_lens.architectures.skip import WithSkip
+    from mxd_lens import TranscoderRunnerConfig
+    from mxd_lens.architectures.base import ARCHITECTURES as CLASSES
+    from mxd_lens.architectures.base import transcoder_parameters
 
     d_model = model.cfg.d_model
-    [(config, has_skip)] = [
-        (config, issubclass(layer, WithSkip))
-        for *_, layer, config in CLASSES
-        if config.architecture() == member.architecture
-    ]
+    config = CLASSES[member.architecture].training_config
     known = fields_of(ARCHITECTURES[member.architecture], *LAYER_FILES)
     layer = {name: value for name, value in given.items() if name in known or name in ("device", "dtype")}
-    width = match_width or 16 * d_model
+    layer |= {"d_in": d_model, "d_out": d_model, "k": member.k or None}
     if "d_hidden" in known:
-        branch = layer.setdefault("d_hidden", 4 * d_model)
-        matched = matched_n_experts(d_model, d_model, branch, width, layer.get("gated", False), has_skip)
-    else:
-        matched = matched_n_features(d_model, d_model, width) if has_skip else width
-    layer.setdefault("d_sae", matched)
+        layer.setdefault("d_hidden", 4 * d_model)
+    if "d_sae" not in layer:
+        budget = transcoder_parameters(d_model, d_model, match_width or 16 * d_model)
+        layer["d_sae"] = config.matched_size(budget, **layer)
     run = {name: field.default for name, field in RUN.items()} | DEFAULTS | given
     steps = run["training_tokens"] // run["train_batch_size_tokens"]
     warm_up = given.get("lr_warm_up_steps", steps // 20)
@@ -463,7 +467,7 @@ def run_config(
     }
     logging = {name: value for name, value in (DEFAULTS | given).items() if name in LOGGING}
     return TranscoderRunnerConfig(
-        sae=config(d_in=d_model, d_out=d_model, k=member.k or None, **layer),
+        sae=config(**layer),
         seed=member.seed,
         output_path=str(output),
         logger=LoggingConfig(**logging),
