@@ -21,12 +21,11 @@ from typing import Any, Literal, Protocol
 
 import torch
 from jaxtyping import Int
-from rich.table import Table
 from sae_lens import SAE, logger
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mxd_lens.artifacts.tables import Printable, printable
+from mxd_lens.artifacts.tables import Cell, Tabular
 from mxd_lens.evals.endpoint import ChatEndpoint
 from mxd_lens.evals.passages import MARKS, ExpertPassages, Passage, read_passages
 from mxd_lens.training.runner import then_and_now
@@ -251,7 +250,7 @@ class Interpretation:
 
 
 @dataclass
-class Autointerp(Printable):
+class Autointerp(Tabular):
     """What `autointerp` found."""
 
     settings: dict[str, Any]
@@ -273,18 +272,24 @@ class Autointerp(Printable):
         settings, *lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1]
         return cls(json.loads(settings), [Interpretation.from_json(line) for line in lines])
 
-    def __rich__(self) -> Table:
+    @property
+    def title(self) -> str:
         s = self.settings
-        table = Table(title=f"{s['architecture']} at {s['hook_name']}, by {s['interpreter']}")
-        for column in ("expert", "detection", "fuzzing", "explanation"):
-            table.add_column(column, justify="left" if column == "explanation" else "right")
-        for i in self.interpretations:
-            shares = [_shown(i.accuracy(task)) for task in ("detection", "fuzzing")]
-            said = i.explanation or f"– {i.failure}"
-            table.add_row(str(i.expert), *shares, printable(said).replace("[", r"\["))
-        means = [_shown(self.mean(task)) for task in ("detection", "fuzzing")]
-        table.add_row("mean", *means, f"{sum(not i.failure for i in self.interpretations)} experts scored")
-        return table
+        return f"{s['architecture']} at {s['hook_name']}, explained by {s['interpreter']}"
+
+    @property
+    def columns(self) -> list[str]:
+        return ["expert", "detection", "fuzzing", "explanation"]
+
+    @property
+    def rows(self) -> list[list[Cell]]:
+        tasks: tuple[Task, ...] = ("detection", "fuzzing")
+        rows: list[list[Cell]] = [
+            [str(i.expert), *(_shown(i.accuracy(task)) for task in tasks), i.explanation or f"– {i.failure}"]
+            for i in self.interpretations
+        ]
+        n_scored = sum(not i.failure for i in self.interpretations)
+        return [*rows, ["mean", *(_shown(self.mean(task)) for task in tasks), f"{n_scored} experts scored"]]
 
     def mean(self, task: Task) -> float:
         """The mean balanced accuracy over the experts that have one; NaN without any."""

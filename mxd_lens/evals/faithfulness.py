@@ -3,29 +3,38 @@
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import torch
 from jaxtyping import Bool, Float, Int
-from rich.table import Table
 from sae_lens import SAE, Transcoder
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from mxd_lens.architectures.base import PairedTranscoder
-from mxd_lens.artifacts.tables import Printable
+from mxd_lens.artifacts.tables import Table, Tabular, decimals
 from mxd_lens.hooks.replace import Hook, Replacement, check_fits, hook_names, paired_hooks
 from mxd_lens.models import special_token_ids
-from mxd_lens.sparse import sparse_decode
 
 N_LARGEST = 5
 
+MEANINGS = {
+    "feature_share": "share of the error the experts explain",
+    "ce_loss_recovered": "1: no loss added; 0: as zero ablation",
+    "kl_divergence": "KL(unmodified || replaced), nats",
+    "normalized_mse_median": "median of the error over the tokens",
+    "fraction_of_variance_unexplained": "squared error over output variance",
+    "l0": "active experts per token",
+    "dead_fraction": "experts that never fired on this text",
+}
+"""What the numbers of the second table mean."""
+
 
 @dataclass(frozen=True)
-class FaithfulnessReport(Printable):
+class FaithfulnessReport(Tabular):
     """What `evaluate` measured. y is the MLP's output, y_hat the layer's, on the kept tokens.
 
     Cross-entropies are in nats per token, of the language model with the layer in the MLP's place.
@@ -88,42 +97,42 @@ class FaithfulnessReport(Printable):
 
     @classmethod
     def load(cls, path: str | Path) -> "FaithfulnessReport":
-        """Reads a report that `save` wrote."""
-        return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+        """Reads a report that `save` wrote.
 
-    def __rich__(self) -> Table:
-        table = Table(
-            title=f"{self.model_name}: {self.hook_name} -> {self.hook_name_out}, {self.n_tokens:,} tokens"
-        )
-        for column in ("", "the layer", "mean gate", "shuffled gate", "unmodified", "zero ablated"):
-            table.add_column(column, justify="right" if column else "left", overflow="fold")
-        table.add_row(
-            "normalised MSE",
-            f"{self.normalized_mse:.3f}",
-            f"{self.normalized_mse_mean_gate:.3f}",
-            f"{self.normalized_mse_shuffled_gate:.3f}",
-            "0",
-            "1",
-        )
-        table.add_row(
-            "cross-entropy",
-            f"{self.ce_loss_replaced:.3f}",
-            f"{self.ce_loss_mean_gate:.3f}",
-            f"{self.ce_loss_shuffled_gate:.3f}",
-            f"{self.ce_loss:.3f}",
-            f"{self.ce_loss_zero_ablated:.3f}",
-        )
-        for name in (
-            "normalized_mse_median",
-            "fraction_of_variance_unexplained",
-            "feature_share",
-            "ce_loss_recovered",
-            "kl_divergence",
-            "l0",
-            "dead_fraction",
-        ):
-            table.add_row(name.replace("_", " "), f"{getattr(self, name):.3f}")
-        return table
+        Raises:
+            ValueError: the file is not a report.
+        """
+        known = json.loads(Path(path).read_text(encoding="utf-8"))
+        names = {f.name: f.type for f in fields(cls)}
+        if not isinstance(known, dict) or known.keys() != names.keys():
+            raise ValueError(f"{path} is not a report that FaithfulnessReport.save wrote: its fields differ.")
+        for name, kind in names.items():
+            value = known[name]
+            expected = (int, float) if kind is float else get_origin(kind) or kind
+            is_known = isinstance(value, expected)  # type: ignore[arg-type]
+            if not is_known:
+                raise ValueError(f"{path} is not a report: {name} is {str(value)[:40]!r}, not a {kind}.")
+        return cls(**known)
+
+    @property
+    def tables(self) -> list[Table]:
+        """The errors under each ablation, and every other number with its meaning."""
+        where = f"{self.model_name}, {self.hook_name} -> {self.hook_name_out}, {self.n_tokens:,} tokens"
+        errors = [
+            [name, f"{error:.3f}", f"{loss:.3f}", f"{loss - self.ce_loss:+.3f}"]
+            for name, error, loss in (
+                ("unmodified model", 0.0, self.ce_loss),
+                ("layer", self.normalized_mse, self.ce_loss_replaced),
+                ("experts mean-ablated", self.normalized_mse_mean_gate, self.ce_loss_mean_gate),
+                ("experts resampled", self.normalized_mse_shuffled_gate, self.ce_loss_shuffled_gate),
+                ("MLP zero-ablated", 1.0, self.ce_loss_zero_ablated),
+            )
+        ]
+        others = [[name, decimals(getattr(self, name)), meaning] for name, meaning in MEANINGS.items()]
+        return [
+            Table(["", "normalised MSE", "cross-entropy", "added nats"], errors, where),
+            Table(["name", "value", "meaning"], others),
+        ]
 
 
 def evaluate(
@@ -472,15 +481,11 @@ def decompose(
     """
     if isinstance(sae, PairedTranscoder):
         x = x.to(sae.dtype)
-        if sae.cfg.k is None:
-            a = torch.relu(x @ sae.W_enc + sae.b_enc)
-            mixture, fired = a @ sae.W_dec, a.flatten(0, -2).nonzero(as_tuple=True)
-        else:
-            values, indices = sae.active_experts(x)
-            mixture = sparse_decode(values, indices, sae.W_dec)
-            token_of, slot = values.flatten(0, -2).nonzero(as_tuple=True)
-            fired = (token_of, indices.flatten(0, -2)[token_of, slot])
-        return mixture, fired, lambda mixture: sae.mix(mixture, x)
+        coefficients = sae.coefficients(x)
+        values, indices = coefficients.active()
+        token_of, slot = values.flatten(0, -2).nonzero(as_tuple=True)
+        fired = (token_of, indices.flatten(0, -2)[token_of, slot])
+        return sae.mixture(coefficients), fired, lambda mixture: sae.output(mixture, x)
     # SAELens' own layers are additive, and an SAE's decoder undoes what its encoder normalised.
     a = sae.encode(x)
     mixture = a @ sae.W_dec if isinstance(sae, Transcoder) else sae.decode(a) - sae.b_dec

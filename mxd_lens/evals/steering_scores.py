@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from rich.table import Table
 from sae_lens import SAE
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from mxd_lens.analysis.decomposition import expert_ids, take_apart
-from mxd_lens.artifacts.tables import Printable
+from mxd_lens.artifacts.tables import Cell, Tabular
 from mxd_lens.evals.judges import Judge, LocalJudge
 from mxd_lens.evals.steering import Sampling, compare, measure, perplexity, written
 from mxd_lens.hooks.steer import Mode, expert_id
@@ -53,7 +52,7 @@ class SteeringScore:
 
 
 @dataclass
-class SteeringScores(Printable):
+class SteeringScores(Tabular):
     """What `steering_scores` measured."""
 
     settings: dict[str, Any]
@@ -71,24 +70,26 @@ class SteeringScores(Printable):
         known = json.loads(Path(path).read_text(encoding="utf-8"))
         return cls(known["settings"], [SteeringScore(**score) for score in known["scores"]])
 
-    def __rich__(self) -> Table:
-        table = Table(title=f"{self.settings['model_name']}, judged by {self.settings['judge']}: means")
-        columns = ("layer", "experts", "concept", "fluency", "perplexity", "not steered", "repetition")
-        for column in columns:
-            table.add_column(column, justify="left" if column == "layer" else "right")
+    @property
+    def title(self) -> str:
+        return f"Steering {self.settings['model_name']}, scored by {self.settings['judge']}: means"
+
+    @property
+    def columns(self) -> list[str]:
+        return ["layer", "experts", "concept", "fluency", "perplexity", "not steered", "repetition"]
+
+    @property
+    def rows(self) -> list[list[Cell]]:
+        rows: list[list[Cell]] = []
         for layer in self.settings["layers"]:
             scores = [score for score in self.scores if score.layer == layer]
             if scores:
-                table.add_row(
-                    layer,
-                    str(len(scores)),
-                    f"{mean(s.concept for s in scores):.1f}",
-                    f"{mean(s.fluency for s in scores):.1f}",
-                    f"{mean(s.perplexity for s in scores):.1f}",
-                    f"{mean(s.perplexity_unsteered for s in scores):.1f}",
-                    f"{mean(s.repetition for s in scores):.2f}",
-                )
-        return table
+                means = [
+                    mean(getattr(score, name) for score in scores)
+                    for name in ("concept", "fluency", "perplexity", "perplexity_unsteered", "repetition")
+                ]
+                rows.append([layer, len(scores), *means])
+        return rows
 
 
 def steering_scores(
