@@ -109,7 +109,8 @@ class TrainingPairedTranscoder(PairedTranscoder, TrainingSAE[Any]):
         losses |= self.calculate_aux_loss(step_input, a.values, a.values, y_hat)
         loss = torch.stack(list(losses.values())).sum()
         # A step that is being captured as a CUDA graph cannot ask the host; whoever replays it does.
-        if not torch.cuda.is_current_stream_capturing() and not torch.isfinite(loss):
+        capturing = loss.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not capturing and not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss.item()} at this step.")
         return TrainStepOutput(
             sae_in=y,

@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import HOOK_OUT
 from datasets import Dataset
+from runs import run_config
 from sae_lens import SAE, TopKTrainingSAEConfig
 from small_layers import sizes_of
-from test_store import run_config
 from test_transcoders import D_IN, D_OUT, K, N, randomised
 
 from mxd_lens import TranscoderRunnerConfig, TranscoderTrainingRunner
