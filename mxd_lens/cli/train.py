@@ -426,7 +426,7 @@ def hooks(member: Member, layers: str, given: dict[str, Any]) -> tuple[str, str]
 
 
 def run_config(
-    member: Member, model: Any, match_width: int, given: Mapping[str, Any], output: Path
+    member: Member, model: Any, match_width: int, given: dict[str, Any], output: Path
 ) -> "TranscoderRunnerConfig":
     """The run of one layer.
 
