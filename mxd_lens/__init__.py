@@ -15,10 +15,16 @@ if TYPE_CHECKING:
     from mxd_lens.analysis.statistics import ExpertStatistics, expert_statistics
     from mxd_lens.analysis.weights import logit_lens
     from mxd_lens.architectures import (
+        MOLT,
+        AffineMxD,
+        AffineMxDConfig,
+        AffineSkipMxD,
+        AffineSkipMxDConfig,
         JumpReLUSkipTranscoder,
         JumpReLUSkipTranscoderConfig,
         JumpReLUTranscoder,
         JumpReLUTranscoderConfig,
+        MOLTConfig,
         MxD,
         MxDConfig,
         SkipMxD,
@@ -29,10 +35,16 @@ if TYPE_CHECKING:
         TopKSkipTranscoderConfig,
         TopKTranscoder,
         TopKTranscoderConfig,
+        TrainingAffineMxD,
+        TrainingAffineMxDConfig,
+        TrainingAffineSkipMxD,
+        TrainingAffineSkipMxDConfig,
         TrainingJumpReLUSkipTranscoder,
         TrainingJumpReLUSkipTranscoderConfig,
         TrainingJumpReLUTranscoder,
         TrainingJumpReLUTranscoderConfig,
+        TrainingMOLT,
+        TrainingMOLTConfig,
         TrainingMxD,
         TrainingMxDConfig,
         TrainingSkipMxD,
@@ -58,6 +70,7 @@ if TYPE_CHECKING:
     from mxd_lens.models import load_model
     from mxd_lens.pretrained.formats.paper import load_reference_checkpoint
     from mxd_lens.pretrained.hub import push_to_hub
+    from mxd_lens.pretrained.load import load_layer
     from mxd_lens.pretrained.registry import list_pretrained, register_release
     from mxd_lens.training.activations import PairedActivationsStore
     from mxd_lens.training.runner import TranscoderRunnerConfig, TranscoderTrainingRunner
@@ -71,6 +84,7 @@ _MODULES = (
     "hooks.steer",
     "pretrained.hub",
     "pretrained.formats.paper",
+    "pretrained.load",
     "pretrained.registry",
     "analysis.decomposition",
     "analysis.statistics",
@@ -90,6 +104,11 @@ _MODULES = (
 )
 
 __all__ = [
+    "MOLT",
+    "AffineMxD",
+    "AffineMxDConfig",
+    "AffineSkipMxD",
+    "AffineSkipMxDConfig",
     "CarryReport",
     "ExpertStatistics",
     "FaithfulnessReport",
@@ -97,6 +116,7 @@ __all__ = [
     "JumpReLUSkipTranscoderConfig",
     "JumpReLUTranscoder",
     "JumpReLUTranscoderConfig",
+    "MOLTConfig",
     "MxD",
     "MxDConfig",
     "PairedActivationsStore",
@@ -108,10 +128,16 @@ __all__ = [
     "TopKSkipTranscoderConfig",
     "TopKTranscoder",
     "TopKTranscoderConfig",
+    "TrainingAffineMxD",
+    "TrainingAffineMxDConfig",
+    "TrainingAffineSkipMxD",
+    "TrainingAffineSkipMxDConfig",
     "TrainingJumpReLUSkipTranscoder",
     "TrainingJumpReLUSkipTranscoderConfig",
     "TrainingJumpReLUTranscoder",
     "TrainingJumpReLUTranscoderConfig",
+    "TrainingMOLT",
+    "TrainingMOLTConfig",
     "TrainingMxD",
     "TrainingMxDConfig",
     "TrainingSkipMxD",
@@ -133,6 +159,7 @@ __all__ = [
     "find_experts",
     "frontier",
     "list_pretrained",
+    "load_layer",
     "load_model",
     "load_reference_checkpoint",
     "logit_lens",

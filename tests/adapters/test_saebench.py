@@ -165,7 +165,13 @@ def test_the_mean_direction_of_an_experts_contributions(tiny_model, tokens):
 def test_what_cannot_be_shown_to_saebench(tiny_model):
     other = random_mxd(D_MODEL, "blocks.2.mlp.hook_in", "blocks.2.hook_mlp_out")
     plain = SkipTranscoder(
-        SkipTranscoderConfig(d_in=D_MODEL, d_out=D_MODEL, d_sae=24, apply_b_dec_to_input=False)
+        SkipTranscoderConfig(
+            d_in=D_MODEL,
+            d_out=D_MODEL,
+            d_sae=24,
+            apply_b_dec_to_input=False,
+            metadata=kept_skip().cfg.metadata,
+        )
     )
     for saes, options, message in (
         ({"a": random_mxd(D_MODEL), "b": other}, {}, "one hook point at a time"),

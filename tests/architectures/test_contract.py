@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from architecture_settings import fitting
+from small_layers import sizes_of
 
 from mxd_lens import MxD, MxDConfig, SkipMxD, TopKTranscoder, TopKTranscoderConfig, matched_n_experts
 from mxd_lens.architectures import ARCHITECTURES
@@ -16,7 +16,7 @@ WIDTHS: dict[str, Any] = {"d_in": 6, "d_out": 5, "d_sae": 24, "k": 4, "dtype": "
 
 
 def settings_of(name: str) -> dict[str, Any]:
-    return fitting(ARCHITECTURES[name].config, **WIDTHS)
+    return WIDTHS | sizes_of(ARCHITECTURES[name].config)
 
 
 def random_layer(name: str, **changes: Any) -> Any:
