@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from mxd_lens.analysis.statistics import ExpertStatistics, expert_statistics
     from mxd_lens.analysis.weights import logit_lens
     from mxd_lens.architectures import (
+        BatchTopKTranscoder,
+        BatchTopKTranscoderConfig,
         JumpReLUSkipTranscoder,
         MxD,
         MxDConfig,
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
         TopKSkipTranscoderConfig,
         TopKTranscoder,
         TopKTranscoderConfig,
+        TrainingBatchTopKTranscoder,
+        TrainingBatchTopKTranscoderConfig,
         TrainingMxD,
         TrainingMxDConfig,
         TrainingSkipMxD,
@@ -80,6 +84,8 @@ _MODULES = (
 )
 
 __all__ = [
+    "BatchTopKTranscoder",
+    "BatchTopKTranscoderConfig",
     "CarryReport",
     "ExpertStatistics",
     "FaithfulnessReport",
@@ -94,6 +100,8 @@ __all__ = [
     "TopKSkipTranscoderConfig",
     "TopKTranscoder",
     "TopKTranscoderConfig",
+    "TrainingBatchTopKTranscoder",
+    "TrainingBatchTopKTranscoderConfig",
     "TrainingMxD",
     "TrainingMxDConfig",
     "TrainingSkipMxD",
