@@ -104,14 +104,16 @@ class TrainingBatchTopKTranscoder(TrainingPairedTranscoder, BatchTopKTranscoder)
 
     @override
     def training_coefficients(self, x: Float[Tensor, "tokens d_in"]) -> Coefficients:
-        token_of, expert = largest_of_batch(pre_activations(x, self.W_enc, self.b_enc), self.cfg.k * len(x))
+        k = self.cfg.k
+        assert k is not None  # the configuration sees to it
+        token_of, expert = largest_of_batch(pre_activations(x, self.W_enc, self.b_enc), k * len(x))
         # Rows of k entries: as many as a token needs, the last one filled up.
         counts = token_of.bincount(minlength=len(x))
-        n_rows = (counts + self.cfg.k - 1) // self.cfg.k
+        n_rows = (counts + k - 1) // k
         row_token = torch.arange(len(x), device=x.device).repeat_interleave(n_rows)
         position = torch.arange(len(token_of), device=x.device) - (counts.cumsum(0) - counts)[token_of]
-        slot = (n_rows.cumsum(0) - n_rows)[token_of] * self.cfg.k + position
-        experts = expert.new_zeros(len(row_token), self.cfg.k)
+        slot = (n_rows.cumsum(0) - n_rows)[token_of] * k + position
+        experts = expert.new_zeros(len(row_token), k)
         experts.view(-1)[slot] = expert
         filled = torch.zeros_like(experts, dtype=torch.bool)
         filled.view(-1)[slot] = True
