@@ -15,7 +15,13 @@ if TYPE_CHECKING:
     from mxd_lens.analysis.statistics import ExpertStatistics, expert_statistics
     from mxd_lens.analysis.weights import logit_lens
     from mxd_lens.architectures import (
+        MOLT,
+        AffineMxD,
+        AffineMxDConfig,
+        AffineSkipMxD,
+        AffineSkipMxDConfig,
         JumpReLUSkipTranscoder,
+        MOLTConfig,
         MxD,
         MxDConfig,
         SkipMxD,
@@ -25,6 +31,12 @@ if TYPE_CHECKING:
         TopKSkipTranscoderConfig,
         TopKTranscoder,
         TopKTranscoderConfig,
+        TrainingAffineMxD,
+        TrainingAffineMxDConfig,
+        TrainingAffineSkipMxD,
+        TrainingAffineSkipMxDConfig,
+        TrainingMOLT,
+        TrainingMOLTConfig,
         TrainingMxD,
         TrainingMxDConfig,
         TrainingSkipMxD,
@@ -48,6 +60,7 @@ if TYPE_CHECKING:
     from mxd_lens.models import load_model
     from mxd_lens.pretrained.formats.paper import load_reference_checkpoint
     from mxd_lens.pretrained.hub import push_to_hub
+    from mxd_lens.pretrained.load import load_layer
     from mxd_lens.pretrained.registry import list_pretrained, register_release
     from mxd_lens.training.activations import PairedActivationsStore
     from mxd_lens.training.runner import TranscoderRunnerConfig, TranscoderTrainingRunner
@@ -61,6 +74,7 @@ _MODULES = (
     "hooks.steer",
     "pretrained.hub",
     "pretrained.formats.paper",
+    "pretrained.load",
     "pretrained.registry",
     "analysis.decomposition",
     "analysis.statistics",
@@ -80,10 +94,16 @@ _MODULES = (
 )
 
 __all__ = [
+    "MOLT",
+    "AffineMxD",
+    "AffineMxDConfig",
+    "AffineSkipMxD",
+    "AffineSkipMxDConfig",
     "CarryReport",
     "ExpertStatistics",
     "FaithfulnessReport",
     "JumpReLUSkipTranscoder",
+    "MOLTConfig",
     "MxD",
     "MxDConfig",
     "PairedActivationsStore",
@@ -94,6 +114,12 @@ __all__ = [
     "TopKSkipTranscoderConfig",
     "TopKTranscoder",
     "TopKTranscoderConfig",
+    "TrainingAffineMxD",
+    "TrainingAffineMxDConfig",
+    "TrainingAffineSkipMxD",
+    "TrainingAffineSkipMxDConfig",
+    "TrainingMOLT",
+    "TrainingMOLTConfig",
     "TrainingMxD",
     "TrainingMxDConfig",
     "TrainingSkipMxD",
@@ -113,6 +139,7 @@ __all__ = [
     "find_experts",
     "frontier",
     "list_pretrained",
+    "load_layer",
     "load_model",
     "load_reference_checkpoint",
     "logit_lens",

@@ -37,11 +37,12 @@ from transformer_lens import HookedTransformer
 from typing_extensions import Self, override
 
 from mxd_lens.analysis.decomposition import encode_to_read, expert_directions
-from mxd_lens.architectures.base import EncodedInputs, PairedTranscoder
+from mxd_lens.architectures.base import PairedTranscoder
+from mxd_lens.architectures.inputs import EncodedInputs
 from mxd_lens.architectures.released import KeepsItsSkip
 from mxd_lens.evals.probing.probing import split
 from mxd_lens.evals.probing.tasks import LabelledTexts
-from mxd_lens.hooks.replace import check_fits, hook_names
+from mxd_lens.hooks.site import check_fits, hook_names
 from mxd_lens.models import block_of, hook_point, hook_point_name
 
 Side = Literal["input", "output"]

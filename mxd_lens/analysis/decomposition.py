@@ -18,10 +18,11 @@ from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mxd_lens.architectures.base import EncodedInputs, PairedTranscoder
+from mxd_lens.architectures.base import PairedTranscoder
+from mxd_lens.architectures.inputs import EncodedInputs
 from mxd_lens.artifacts.tables import Cell, Tabular, percent
-from mxd_lens.hooks.replace import check_trained_on, hook_names
-from mxd_lens.models import equivalent_hook_names, hook_point_name, special_token_ids
+from mxd_lens.hooks.site import check_trained_on, hook_names
+from mxd_lens.models import attached_layer, hook_point_name, special_token_ids
 
 if TYPE_CHECKING:
     import pandas
@@ -116,14 +117,14 @@ def take_apart(sae: SAE[Any], x: Float[Tensor, "tokens d_in"]) -> Parts:
     x = x.to(sae.W_dec)
     directions = expert_directions(sae)
     coefficients, experts = active_experts(sae, x)
-    decoder_out = sae.decoder_out(x) if isinstance(sae, PairedTranscoder) else x.new_ones(len(x), 1)
+    decoder_out = sae.expert_input(x) if isinstance(sae, PairedTranscoder) else x.new_ones(len(x), 1)
     skip = x @ sae.W_skip.T if hasattr(sae, "W_skip") else None
     return Parts(coefficients, experts, directions, decoder_out, skip, sae.b_dec)
 
 
 def writes_directions(sae: SAE[Any]) -> bool:
     """Whether an expert writes along its c_n at every token: v is 1, as in a transcoder or an SAE."""
-    return not isinstance(sae, PairedTranscoder) or type(sae).decoder_out is PairedTranscoder.decoder_out
+    return not isinstance(sae, PairedTranscoder) or sae.writes_directions
 
 
 def expert_directions(sae: SAE[Any]) -> Float[Tensor, "d_sae d_out"]:
@@ -156,7 +157,7 @@ def active_experts(
     n is k for a layer that has one. For the others it is the largest number active on any token, and a
     token with fewer is filled up with experts whose coefficient is 0.
     """
-    if isinstance(sae, PairedTranscoder) and sae.cfg.k is not None:
+    if isinstance(sae, PairedTranscoder):
         return sae.active_experts(x)
     a = encode_to_read(sae, x)
     n = int((a > 0).sum(-1).max()) if a.numel() else 0
@@ -302,12 +303,11 @@ def input_hook(sae: SAE[Any], model: Any) -> str:
     Raises:
         ValueError: the model has no such hook point.
     """
-    name, _ = hook_names(sae)
-    for candidate in equivalent_hook_names(name):
-        # An ordinary SAE that is attached stands in the place of the hook point it reads.
-        if model.hook_dict.get(f"{candidate}.hook_sae_input") is sae.hook_sae_input:
-            return f"{candidate}.hook_sae_input"
-    return hook_point_name(model, name)
+    name = hook_point_name(model, hook_names(sae)[0])
+    attached = attached_layer(model, name)
+    if attached is not None:  # an SAE that is attached takes the place of the hook point it reads
+        return f"{name}.hook_sae_input" if attached is sae else f"{name}.hook_sae_output"
+    return name
 
 
 # What fires on a prompt

@@ -18,9 +18,9 @@ from tqdm.auto import tqdm
 
 from mxd_lens.analysis.decomposition import expert_directions, expert_ids
 from mxd_lens.analysis.statistics import ExpertStatistics
-from mxd_lens.architectures.mxd import MxD
+from mxd_lens.architectures.base import PairedTranscoder
 from mxd_lens.artifacts.tables import Cell, Tabular
-from mxd_lens.hooks.replace import hook_names
+from mxd_lens.hooks.site import hook_names
 
 BLOCK = 256
 """Experts compared at once, each with all others."""
@@ -85,11 +85,10 @@ def spectrum(
     """
     ids = expert_ids(sae, experts)
     directions = expert_directions(sae)
-    if isinstance(sae, MxD):
-        R = torch.linalg.qr(sae.W_out.double(), mode="r").R
+    if isinstance(sae, PairedTranscoder):
         batches = tqdm(ids.split(batch_size), desc="Singular values", disable=not progress)
-        values = torch.cat([torch.linalg.svdvals(R * directions[b].double().unsqueeze(1)) for b in batches])
-        shape = sae.W_out.shape
+        values = torch.cat(list(sae.singular_values(batches)))
+        shape = sae.expert_weight(0).shape
     else:
         values = directions[ids].double().norm(dim=-1, keepdim=True)
         shape = torch.Size([1, directions.shape[1]])

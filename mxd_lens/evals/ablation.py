@@ -36,7 +36,8 @@ from mxd_lens.evals.token_dependence import (
     read_firings,
     token_information,
 )
-from mxd_lens.hooks.replace import Replacement, check_fits
+from mxd_lens.hooks.replace import Replacement
+from mxd_lens.hooks.site import check_fits
 from mxd_lens.training.runner import write_json
 
 # Gates and ablations

@@ -16,9 +16,9 @@ from tqdm.auto import tqdm
 
 from mxd_lens.architectures.base import PairedTranscoder
 from mxd_lens.artifacts.tables import Table, Tabular, decimals
-from mxd_lens.hooks.replace import Hook, Replacement, check_fits, hook_names, paired_hooks
+from mxd_lens.hooks.replace import Hook, Replacement, paired_hooks
+from mxd_lens.hooks.site import check_fits, hook_names
 from mxd_lens.models import special_token_ids
-from mxd_lens.sparse import sparse_decode
 
 N_LARGEST = 5
 
@@ -482,15 +482,11 @@ def decompose(
     """
     if isinstance(sae, PairedTranscoder):
         x = x.to(sae.dtype)
-        if sae.cfg.k is None:
-            a = torch.relu(x @ sae.W_enc + sae.b_enc)
-            mixture, fired = a @ sae.W_dec, a.flatten(0, -2).nonzero(as_tuple=True)
-        else:
-            values, indices = sae.active_experts(x)
-            mixture = sparse_decode(values, indices, sae.W_dec)
-            token_of, slot = values.flatten(0, -2).nonzero(as_tuple=True)
-            fired = (token_of, indices.flatten(0, -2)[token_of, slot])
-        return mixture, fired, lambda mixture: sae.mix(mixture, x)
+        coefficients = sae.coefficients(x)
+        values, indices = coefficients.active()
+        token_of, slot = values.flatten(0, -2).nonzero(as_tuple=True)
+        fired = (token_of, indices.flatten(0, -2)[token_of, slot])
+        return sae.mixture(coefficients), fired, lambda mixture: sae.output(mixture, x)
     # SAELens' own layers are additive, and an SAE's decoder undoes what its encoder normalised.
     a = sae.encode(x)
     mixture = a @ sae.W_dec if isinstance(sae, Transcoder) else sae.decode(a) - sae.b_dec

@@ -39,7 +39,7 @@ D_SAE = 40
 class CosineMixture(TopKTranscoder):
     """A formula of somebody's own, neither MxD nor transcoder: y = (C^T a) * cos(x) + b."""
 
-    def decoder_out(self, x: torch.Tensor) -> torch.Tensor:
+    def expert_input(self, x: torch.Tensor) -> torch.Tensor:
         return x.cos()
 
 

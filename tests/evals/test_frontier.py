@@ -78,7 +78,7 @@ def test_sizes_are_matched(sweep) -> None:
         "topk_skip_transcoder": matched_n_features(D_MODEL, D_MODEL, 60),
         "topk_sae": 60,
     }
-    with pytest.raises(ValueError, match="no room for a skip"):
+    with pytest.raises(ValueError, match="with one expert has"):
         matched_n_features(100, 100, 50)
 
 

@@ -20,7 +20,7 @@ from test_hub import NAMES, REPO, REPORT, RUN, random_layer
 
 from mxd_lens import evaluate
 from mxd_lens.pretrained.hub import push_to_hub
-from mxd_lens.pretrained.model_card import formula, model_card, plain, table, training_settings
+from mxd_lens.pretrained.model_card import model_card, plain, table, training_settings
 from mxd_lens.text import token_sequences
 
 
@@ -95,9 +95,9 @@ def test_the_formula_is_the_layer(architecture: str, changes: dict[str, Any], k:
     layer = random_layer(architecture, k=k, dtype="float64", **changes)
     x = torch.randn(50, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     names = {name: weight.detach().numpy() for name, weight in layer.named_parameters()}
-    exec(formula(layer), names := {"x": x.numpy(), "topk": topk, **PHI, **names})
+    exec("\n".join(layer.formula()), names := {"x": x.numpy(), "topk": topk, **PHI, **names})
     np.testing.assert_allclose(names["y"], layer(x).detach().numpy(), rtol=1e-12, atol=1e-12)
-    assert f"```python\n{formula(layer)}\n```" in card_of(layer)
+    assert "```python\n{}\n```".format("\n".join(layer.formula())) in card_of(layer)
 
 
 @pytest.mark.parametrize("architecture", NAMES)
