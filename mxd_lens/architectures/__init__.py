@@ -2,12 +2,9 @@
 
 from mxd_lens.architectures.affine_mxd import *
 from mxd_lens.architectures.base import ARCHITECTURES, PairedTranscoder, register_architecture
-<<<<<<< HEAD
+from mxd_lens.architectures.batch_topk_transcoder import *
 from mxd_lens.architectures.jumprelu_skip_transcoder import *
 from mxd_lens.architectures.jumprelu_transcoder import *
-=======
-from mxd_lens.architectures.batch_topk_transcoder import *
->>>>>>> main
 from mxd_lens.architectures.molt import *
 from mxd_lens.architectures.mxd import *
 from mxd_lens.architectures.skip_mxd import *
