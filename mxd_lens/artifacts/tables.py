@@ -61,6 +61,10 @@ class Tabular(Printable):
         """The cells, a row at a time."""
         raise NotImplementedError
 
+    def __repr__(self) -> str:
+        # A result holds thousands of numbers: in a console one line says which it is.
+        return f"<{type(self).__name__}: {printable(self.title)}>"
+
     def to_pandas(self) -> "pandas.DataFrame":
         """The table as a data frame, its numbers unrounded."""
         import pandas
