@@ -1,5 +1,6 @@
 # make demo: the main job on text every machine has. make test: the tests that take seconds; make test-all: with
 # those marked slow. Each sets up .venv first.
+# make test-gpu: the tests that need a CUDA device.
 # make docs: the documentation. make package: the wheel, tried in an empty environment.
 # make test-lowest: what reads, writes and attaches layers, with the oldest versions supported.
 # make test-tools: the adapters to SAEDashboard and SAEBench, in an environment that has them.
@@ -25,7 +26,7 @@ PACKAGE_PIP := $(PACKAGE)/bin/python -m pip install --quiet --disable-pip-versio
 # Mkdocs prints an advertisement otherwise.
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
-.PHONY: demo test test-all test-lowest test-tools tutorials check docs docs-check numbers package format clean
+.PHONY: demo test test-gpu test-all test-lowest test-tools tutorials check docs docs-check numbers package format clean
 
 demo: $(INSTALLED)
 	$(BIN)/mxd-lens demo
@@ -35,6 +36,11 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+# With the Python that has torch for this machine's GPU, as TEST_GPU_PYTHON=python3.
+TEST_GPU_PYTHON ?= $(BIN)/python
+test-gpu:
+	HF_HUB_OFFLINE=1 $(TEST_GPU_PYTHON) -m pytest tests/sparse tests/gpu
 
 test-lowest: $(LOWEST)/.installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n auto --dist loadfile $(LOWEST_TESTS)

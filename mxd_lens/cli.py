@@ -111,7 +111,7 @@ def train(
         if steps < 1:
             raise ValueError(f"--tokens {tokens:,} are less than one batch of --batch {batch:,}.")
         rows = split_text(load_text(text, streaming=False))[0] if hold_out else None
-        known = {config.architecture(): (layer, config) for _, _, layer, config in ARCHITECTURES}
+        known = {name: (made.training_layer, made.training_config) for name, made in ARCHITECTURES.items()}
         if architecture not in known:
             raise ValueError(f"there is no {architecture}: choose from {', '.join(known)}.")
         layer_class, config = known[architecture]
@@ -181,8 +181,6 @@ def evaluate(
     html: Annotated[Path | None, typer.Option(help="Write a page about it there.")] = None,
 ) -> None:
     """Judge a layer in the place of its MLP: errors, cross-entropies, and what the experts do of it."""
-    from rich.console import Console
-
     from mxd_lens import evaluate, load_model
 
     with errors_for_people():
@@ -191,14 +189,14 @@ def evaluate(
             typer.echo(f"The layer was trained on {text}: judge it on another, or --held-out.", err=True)
         language_model = load_model(model or sae.cfg.metadata.model_name, device)
         tokens = read_as_trained(sae, language_model, text, skip, sequences, held_out)
-        report = evaluate(sae, language_model, tokens.to(device))
+        report = evaluate(language_model, sae, tokens.to(device))
         if json is not None:
             report.save(json)
         if html is not None:
             from mxd_lens.reports.run import read_history, write_run_page
 
             write_run_page(html, f"{name}: how faithful it is", read_history(layer), report)
-    Console().print(report)
+    typer.echo(report)
 
 
 @app.command()
@@ -219,10 +217,8 @@ def carry(
     """Say what the experts of layers carry: constant gates, ablation curves, tokens against context."""
     from dataclasses import replace
 
-    from rich.console import Console
-
     from mxd_lens import load_model
-    from mxd_lens.evals.ablation import save_carry, what_experts_carry
+    from mxd_lens.evals.ablation import ablation_study, save_ablations
     from mxd_lens.evals.stability import stability
     from mxd_lens.reports.ablation import write_carry_page
 
@@ -233,16 +229,16 @@ def carry(
         first = next(iter(saes.values()))
         language_model = load_model(model or first.cfg.metadata.model_name, device)
         tokens = read_as_trained(first, language_model, text, skip, sequences).to(device)
-        reports = what_experts_carry(saes, language_model, tokens, judged)
+        reports = ablation_study(language_model, saes, tokens, judged)
         if again:
             seeds = {f"again: {layer}": named_layer(layer, device)[1] for layer in again}
-            found = stability(saes | seeds, language_model, tokens)
+            found = stability(language_model, saes | seeds, tokens)
             reports = {name: replace(report, stability=found) for name, report in reports.items()}
         output.mkdir(parents=True, exist_ok=True)
-        save_carry(output / "carry.json", reports)
+        save_ablations(output / "carry.json", reports)
         page = write_carry_page(output / "index.html", reports, {"text": text, "rows skipped": str(skip)})
     for report in reports.values():
-        Console().print(report)
+        typer.echo(report)
     typer.echo(f"The page: {page}")
 
 
@@ -265,8 +261,6 @@ def steer(
     json: Annotated[Path | None, typer.Option(help="Write the texts there.")] = None,
 ) -> None:
     """Show what the model writes with one expert steered, beside what it writes without."""
-    from rich.console import Console
-
     from mxd_lens import load_model
     from mxd_lens.evals.steering import steered_samples
 
@@ -292,7 +286,7 @@ def steer(
             raise ValueError(str(e)) from e
         if json is not None:
             result.save(json)
-    Console().print(result)
+    typer.echo(result)
 
 
 @app.command()
@@ -316,8 +310,6 @@ def compare(
     device: Device = "cpu",
 ) -> None:
     """Write a page about one prompt through several decompositions of one MLP, side by side."""
-    from rich.console import Console
-
     from mxd_lens import load_model
     from mxd_lens.evals.comparison import compare
     from mxd_lens.reports.comparison import write_comparison_page
@@ -331,7 +323,7 @@ def compare(
             tokens = read_as_trained(first, language_model, text, 0, sequences)
         comparison = compare(language_model, saes, prompt, tokens, k, predictions)
         page = write_comparison_page(output, comparison)
-    Console().print(comparison)
+    typer.echo(comparison)
     typer.echo(f"The page: {page}")
 
 
@@ -398,7 +390,6 @@ def frontier(
 ) -> None:
     """Train every architecture at every K on several MLPs, judge them, and draw the frontier."""
     from datasets import Dataset
-    from rich.console import Console
 
     from mxd_lens import frontier, load_model
     from mxd_lens.evals.frontier import CONTENDERS
@@ -436,7 +427,7 @@ def frontier(
             run_settings={"device": device, "autocast": bf16},
         )
         page = write_frontier_page(output / "index.html", result)
-        Console().print(result)
+        typer.echo(result)
         typer.echo(f"The page: {page}")
         try:
             for i, name in enumerate(held_out):
@@ -466,8 +457,6 @@ def probe(
     html: Annotated[Path | None, typer.Option(help="Write a page about them there.")] = None,
 ) -> None:
     """Probe layers: how well one expert, or a few, tell the classes of a text apart."""
-    from rich.console import Console
-
     from mxd_lens import load_model, sparse_probing
 
     with errors_for_people():
@@ -475,8 +464,8 @@ def probe(
         first = next(iter(saes.values()))
         language_model = load_model(model or first.cfg.metadata.model_name, device)
         result = sparse_probing(
-            saes,
             language_model,
+            saes,
             tasks.split(","),
             integers(seeds),
             integers(k),
@@ -490,17 +479,15 @@ def probe(
             from mxd_lens.reports.probing import write_probing_page
 
             write_probing_page(html, result)
-    Console().print(result)
+    typer.echo(result)
 
 
 @app.command()
 def pretrained() -> None:
     """List the layers that can be loaded by name."""
-    from rich.console import Console
-
     from mxd_lens import list_pretrained
 
-    Console().print(list_pretrained())
+    typer.echo(list_pretrained())
 
 
 def load_layer(layer: str, sae_id: str, device: str) -> tuple[Any, str | tuple[str, str]]:

@@ -4,10 +4,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import typer
 from datasets import Dataset
-from rich.console import Console
 
 from mxd_lens.architectures.mxd import MxD, TrainingMxDConfig, matched_n_experts
+from mxd_lens.artifacts.tables import printable
 from mxd_lens.evals.faithfulness import FaithfulnessReport, evaluate
 from mxd_lens.models import SMOLLM2, load_model
 from mxd_lens.reports.run import read_history, write_run_page
@@ -41,14 +42,13 @@ def run_demo(
         model_name: a name for `load_model`.
         k: active experts per token.
     """
-    console = Console()
     started = time.monotonic()
     output = Path(output)
     model = load_model(model_name)
     training_rows, held_out_rows = split_text(load_text(EMBEDDED))
     train = token_sequences(model, training_rows, max(1, text_tokens // 128))
     held_out = token_sequences(model, held_out_rows, n_sequences)
-    console.print(f"{model_name}, layer {layer}: {len(train) * 128:,} tokens of the Python documentation.")
+    typer.echo(f"{model_name}, layer {layer}: {len(train) * 128:,} tokens of the Python documentation.")
 
     d_model = model.cfg.d_model
     d_hidden = 4 * d_model
@@ -85,12 +85,13 @@ def run_demo(
     minutes = (time.monotonic() - started) / 60
 
     mxd = MxD.from_pretrained(output)
-    report = evaluate(mxd, model, held_out)
+    report = evaluate(model, mxd, held_out)
     report.save(output / "report.json")
-    console.print(report)
+    typer.echo(report)
     texts = continuations(model, mxd, PROMPT, new_tokens)
     for name, text in texts.items():
-        console.print(f"[bold]{name}[/bold]\n{text}\n", highlight=False)
+        lines = [printable(line) for line in text.split("\n")]
+        typer.echo("\n".join([name, *lines, ""]))
     page = write_run_page(
         output / "index.html",
         f"A Mixture of Decoders of {model_name}, layer {layer}",
@@ -106,7 +107,7 @@ def run_demo(
             "load it": f'MxD.from_pretrained("{output}")',
         },
     )
-    console.print(f"{(time.monotonic() - started) / 60:.1f} minutes. The layer: {output}. The page: {page}")
+    typer.echo(f"{(time.monotonic() - started) / 60:.1f} minutes. The layer: {output}. The page: {page}")
     return report
 
 

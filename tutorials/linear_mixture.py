@@ -17,8 +17,8 @@ from sae_lens import register_sae_class, register_sae_training_class
 from torch import Tensor
 from typing_extensions import override
 
-from mxd_lens.architectures.base import TrainingPairedTranscoder, TrainingPairedTranscoderConfig
 from mxd_lens.architectures.mxd import MxD, MxDConfig
+from mxd_lens.architectures.training import TrainingPairedTranscoder, TrainingPairedTranscoderConfig
 
 
 @dataclass(kw_only=True)

@@ -77,7 +77,7 @@ class ExpertCard(Tabular):
 def expert_card(sae: SAE[Any], n: int, statistics: ExpertStatistics | None = None) -> ExpertCard:
     """A short account of one expert, which prints as a table in a terminal and in a notebook.
 
-        rich.print(expert_card(mxd, 17, expert_statistics(mxd, model, tokens)))
+        rich.print(expert_card(mxd, 17, expert_statistics(model, mxd, tokens)))
 
     Args:
         sae: the layer, of this package or SAELens'.

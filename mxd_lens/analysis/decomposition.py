@@ -43,7 +43,9 @@ class Decomposable(Protocol):
 
     def written_by(self, experts: Tensor, expert_input: Tensor) -> Tensor: ...
 
-    def singular_values(self, experts: Tensor) -> Tensor: ...
+    def singular_values(self, batches: Iterable[Tensor]) -> Iterator[Tensor]: ...
+
+    def expert_weight(self, n: int) -> Tensor: ...
 
     @property
     def writes_directions(self) -> bool: ...
@@ -111,8 +113,12 @@ class OfSAELens:
     def written_by(self, experts: Tensor, expert_input: Tensor) -> Tensor:
         return self.directions[experts] * expert_input.unsqueeze(-2)
 
-    def singular_values(self, experts: Tensor) -> Tensor:
-        return self.directions[experts].double().norm(dim=-1, keepdim=True)
+    def singular_values(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        for experts in batches:
+            yield self.directions[experts].double().norm(dim=-1, keepdim=True)
+
+    def expert_weight(self, n: int) -> Tensor:
+        return self.directions[n].unsqueeze(0)
 
 
 def decomposable(sae: SAE[Any]) -> Any:
@@ -230,8 +236,8 @@ def decompose(sae: SAE[Any], x: Float[Tensor, "tokens d_in"]) -> Parts:
     if x.shape[-1] != sae.cfg.d_in:
         metadata = sae.cfg.metadata
         raise ValueError(
-            f"expected an input [..., d_in = {sae.cfg.d_in}], got {tuple(x.shape)}. This layer was trained on "
-            f"{metadata.model_name or 'an unnamed model'} at {metadata.hook_name or 'an unnamed hook'}: "
+            f"expected an input [..., d_in = {sae.cfg.d_in}], got {tuple(x.shape)}. This layer was trained "
+            f"on {metadata.model_name or 'an unnamed model'} at {metadata.hook_name or 'an unnamed hook'}: "
             "check that the model is the same."
         )
     layer = decomposable(sae)

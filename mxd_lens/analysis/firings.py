@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from sae_lens import SAE
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 from torch import Tensor
@@ -83,7 +83,9 @@ class Firings(NamedTuple):
             batch._replace(token_of=batch.token_of + start)
             for batch, start in zip(found, first, strict=False)
         ]
-        return cls(found[0].n_experts, *(torch.cat(part) for part in zip(*(b[1:] for b in shifted), strict=True)))
+        return cls(
+            found[0].n_experts, *(torch.cat(part) for part in zip(*(b[1:] for b in shifted), strict=True))
+        )
 
 
 class Reading(NamedTuple):
@@ -145,28 +147,40 @@ def read(
 
 @torch.no_grad()
 def read_batch(
-    model: Any, saes: Mapping[str, SAE[Any]], batch: Batch, hooks: Mapping[str, str] | None = None
+    model: Any,
+    saes: Mapping[str, SAE[Any]],
+    batch: Batch,
+    hooks: Mapping[str, str] | None = None,
+    counted: Bool[Tensor, "sequences positions"] | None = None,
 ) -> dict[str, Reading]:
-    """What several layers do on one batch; `hooks` are the hook points of their inputs, by layer."""
+    """What several layers do on one batch.
+
+    Args:
+        model, saes: as for `read`.
+        batch: the sequences.
+        hooks: the hook points of the layers' inputs, by layer; None looks them up.
+        counted: which tokens are read; None: those that each layer's training did not exclude.
+
+    Raises:
+        ValueError: as `read`.
+    """
     at = hooks or {name: input_hook(model, sae) for name, sae in saes.items()}
     activations = run_to(model, batch.tokens, set(at.values()))
     found = {}
     for name, sae in saes.items():
-        counted = batch.counted(model, sae)
+        here = batch.counted(model, sae) if counted is None else counted
         x = activations[at[name]]
-        x = x[counted.to(x.device)]
+        x = x[here.to(x.device)]
         check_finite(x, at[name])
-        sequence, position = counted.cpu().nonzero(as_tuple=True)
+        sequence, position = here.cpu().nonzero(as_tuple=True)
         before = torch.cat([torch.full_like(batch.tokens[:, :1], -1), batch.tokens[:, :-1]], dim=1)
-        token, previous = (ids[counted].cpu() for ids in (batch.tokens, before))
+        token, previous = (ids[here].cpu() for ids in (batch.tokens, before))
         found[name] = Reading(x, decompose(sae, x), token, previous, sequence + batch.first, position)
     return found
 
 
 @model_first
-def firings(
-    model: Any, sae: SAE[Any], text: Text, batch_size: int = 8, progress: bool = True
-) -> Firings:
+def firings(model: Any, sae: SAE[Any], text: Text, batch_size: int = 8, progress: bool = True) -> Firings:
     """Which experts of a layer fire on a text, and how strongly.
 
     Args:
@@ -187,8 +201,8 @@ def check_finite(values: Tensor, hook_name: str) -> None:
     if not finite.all():
         rows = int((~finite).reshape(len(finite), -1).any(-1).sum())
         raise ValueError(
-            f"The activations at {hook_name} are NaN or infinite at {rows} of {len(values)} tokens of a batch. "
-            "Run the model in float32 or bfloat16, or leave out the text on which it overflows."
+            f"The activations at {hook_name} are NaN or infinite at {rows} of {len(values)} tokens of a "
+            "batch. Run the model in float32 or bfloat16, or leave out the text on which it overflows."
         )
 
 
@@ -196,9 +210,7 @@ def check_finite(values: Tensor, hook_name: str) -> None:
 
 
 @model_first
-def layer_input(
-    model: Any, sae: SAE[Any], text: Text
-) -> Float[Tensor, "sequences positions d_in"]:
+def layer_input(model: Any, sae: SAE[Any], text: Text) -> Float[Tensor, "sequences positions d_in"]:
     """What the layer gets to see on some text; the model runs up to its MLP and no further.
 
     The layer may be attached or not. Other layers that are attached do their part. Special tokens and what

@@ -86,7 +86,7 @@ class TopExperts(Tabular):
             yield row
 
     def to_pandas(self) -> "pandas.DataFrame":
-        """One row per part: position, token, part (expert, others, skip, bias), expert (the id, else missing),
+        """One row per part: position, token, part (expert, others, skip, bias), expert (the id, or missing),
         coefficient, norm and share."""
         import pandas
 

@@ -63,7 +63,8 @@ def token_sequences_of(
     if not all(isinstance(one, str) for one in texts):
         kinds = ", ".join(sorted({type(one).__name__ for one in texts}))
         raise TypeError(
-            f"A text is a string, a list of strings, or token ids [sequences, positions]; got a list of {kinds}."
+            "A text is a string, a list of strings, or token ids [sequences, positions]; got a list of "
+            f"{kinds}."
         )
     metadata = sae.cfg.metadata
     bos = [model.tokenizer.bos_token_id] if metadata.prepend_bos is not False else []

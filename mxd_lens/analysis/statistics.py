@@ -254,8 +254,8 @@ class ExpertStatistics(Tabular):
     def dead(self) -> Int[Tensor, " n"]:
         """The former name of `silent`."""
         warnings.warn(
-            "ExpertStatistics.dead is silent now: an expert that is silent on a text need not be dead. The old "
-            "name ends with the next version.",
+            "ExpertStatistics.dead is silent now: an expert that is silent on a text need not be dead. The "
+            "old name ends with the next version.",
             DeprecationWarning,
             stacklevel=2,
         )
@@ -382,7 +382,6 @@ class ExpertStatistics(Tabular):
             ("effective number by load", self.effective_number),
         ):
             yield [name, "", value, ""]
-
 
     def to_pandas(self) -> "pandas.DataFrame":
         """A row for every expert: how often and how strongly it fires, and what it writes.

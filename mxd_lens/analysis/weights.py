@@ -85,8 +85,8 @@ def spectrum(
     """
     ids, layer = expert_ids(sae, experts), decomposable(sae)
     batches = tqdm(ids.split(batch_size), desc="Singular values", disable=not progress)
-    values = torch.cat([layer.singular_values(batch) for batch in batches])
-    shape = sae.expert_weight(0).shape if hasattr(sae, "expert_weight") else (1, sae.W_dec.shape[1])
+    values = torch.cat(list(layer.singular_values(batches)))
+    shape = layer.expert_weight(0).shape
     squares = values**2
     threshold = max(shape) * torch.finfo(sae.W_dec.dtype).eps * values[:, :1]
     return Spectrum(

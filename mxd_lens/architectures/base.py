@@ -1,45 +1,60 @@
-"""What every architecture here shares: input at one hook, target at another, decode knowing its input.
+"""What every architecture here shares, and what an architecture says about itself.
 
-The layers differ in one line only, `mix`: how the sparse part C^T a and the input x make the output.
+    a = TopK_K(relu(G^T x + b_G))                  the experts' coefficients      [d_sae]
+    y = experts_out(m, s) + b + skip_out(x)        the layer's output             [d_out]
+        m = mixture(a)                             linear in a, knows no x        [m]
+        s = expert_input(x)                        knows no a                     [s]
 
-    a = TopK_K(relu(G^T x + b_G))           expert coefficients          [d_sae]
-    y = mix(C^T a, x)                       the layer's output           [d_out]
+`experts_out` is linear in m, so that the experts' outputs add up: y is the sum of what each active expert
+writes, and of what no expert writes, b + skip_out(x). Expert n writes
 
-SAELens attaches a layer by calling `encode(x)` and then `decode(a)`; where `mix` needs x, decode has
-to know which x its activations came from. `EncodedInputs` keeps that, one entry per activation tensor.
+    a_n experts_out(mixture(e_n), s)               `a_n * written_by(n, s)`
+
+Whatever decomposes, edits or evaluates a layer uses these five methods and asks for no class. The defaults
+are those of a transcoder: m = C^T a, s = 1, experts_out = m * s, no skip.
+
+A new architecture is one file and one line. The file has four classes, as `topk_transcoder`: the layer, its
+configuration, and both in training; it ends in `register_architecture`. The line is in
+`architectures/__init__.py`; an architecture of somebody else's package needs none. The layer overrides
+
+| what | when |
+|---|---|
+| `initialize_weights` | it has parameters of its own |
+| `expert_input`, `mixture`, `experts_out`, `skip_out` | its output is not C^T a + b |
+| `coefficients`, `get_activation_fn` | its gate is not TopK or relu |
+| `fold_standardization`, `scaled_output` | it has parameters of its own |
+| `formula`, `gate_formula`, `title`, `about`, `unit`, `dense_parts` | a card should describe it |
+| `expert_weight`, `singular_values` | its experts are not directions |
+
+A class that overrides what is computed and not the formula has none, rather than its parent's false one; the
+same holds for the experts' weights. Its matched size needs nothing: `PairedTranscoderConfig.matched_size`
+counts the parameters of the layer.
 """
 
 import reprlib
-import weakref
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from sae_lens.constants import DTYPE_TO_STR, SAE_CFG_FILENAME
 from sae_lens.loading import pretrained_saes_directory
 from sae_lens.loading.pretrained_sae_loaders import PretrainedSaeDiskLoader
-from sae_lens.saes.sae import (
-    SAE,
-    SAEMetadata,
-    TrainCoefficientConfig,
-    TrainingSAE,
-    TrainingSAEConfig,
-    TrainStepInput,
-    TrainStepOutput,
-)
+from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY, get_sae_class
+from sae_lens.saes.sae import SAE, SAEMetadata
 from sae_lens.saes.topk_sae import TopK
 from sae_lens.saes.transcoder import Transcoder, TranscoderConfig
 from sae_lens.util import filter_valid_dataclass_fields
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 from transformer_lens.hook_points import HookPoint
 from typing_extensions import Self, override
 
+from mxd_lens.architectures.inputs import EncodedInputs
 from mxd_lens.architectures.saved import download_layer, few, hub_errors, read_folder, shown
-from mxd_lens.sparse import sparse_decode, topk_gate
+from mxd_lens.sparse import topk_gate
+from mxd_lens.sparse.coefficients import Active, Coefficients, Dense
 
 C = TypeVar("C", bound="PairedTranscoderConfig")
 
@@ -106,6 +121,40 @@ class PairedTranscoderConfig(TranscoderConfig):
         known["metadata"] = SAEMetadata(**config_dict.get("metadata", {}))
         return cls(**known)
 
+    @property
+    def n_parameters(self) -> int:
+        """How many parameters the layer has; none is made to count them."""
+        on_meta: Any = self
+        layer = get_sae_class(self.architecture())[0](replace(on_meta, device="meta"))
+        return sum(parameter.numel() for parameter in layer.parameters())
+
+    @classmethod
+    def matched_size(cls, n_parameters: int, **settings: Any) -> int:
+        """The largest d_sae with which the layer has at most `n_parameters` parameters.
+
+            budget = transcoder_parameters(d_in=768, d_out=768, width=24_576)
+            MxDConfig.matched_size(budget, d_in=768, d_out=768, d_hidden=3_072)        21,490, as in the paper
+
+        Args:
+            n_parameters: the budget.
+            settings: the configuration's other fields; k is not needed.
+
+        Raises:
+            ValueError: a layer of one expert has more.
+        """
+        one, two = (cls(**{**settings, "k": 1, "d_sae": d_sae}).n_parameters for d_sae in (1, 2))
+        if n_parameters < one:
+            raise ValueError(
+                f"A layer of architecture {cls.architecture()!r} with one expert has {one:,} parameters, and "
+                f"{n_parameters:,} are allowed. Allow more, or make its other widths smaller."
+            )
+        return 1 + (n_parameters - one) // (two - one)
+
+
+def transcoder_parameters(d_in: int, d_out: int, width: int) -> int:
+    """The parameters of a transcoder of `width` features: width (d_in + d_out + 1) + d_out."""
+    return width * (d_in + d_out + 1) + d_out
+
 
 def check_metadata(metadata: SAEMetadata) -> None:
     """Raises ValueError where what a file said about a layer cannot be true."""
@@ -118,79 +167,91 @@ def check_metadata(metadata: SAEMetadata) -> None:
             raise ValueError(f"metadata.{name} must be a name, got {reprlib.repr(settings[name])}.")
 
 
-class EncodedInputs:
-    """Which input each activation tensor was encoded from.
+def expert_ids(layer: SAE[Any], experts: int | Iterable[int] | Int[Tensor, " n"] | None) -> Int[Tensor, " n"]:
+    """Expert ids as a tensor on the layer's device; all of them for None.
 
-    An entry lives exactly as long as the activation tensor `encode` returned, so nothing is kept
-    alive after use. A tensor that `encode` did not return (an edited copy) belongs to the last
-    encode if no decode has followed it and no encode of another input is waiting for its own; that
-    input is held weakly.
+    Raises:
+        IndexError: there is no such expert.
+        TypeError: they are no integers; a mask, for one.
     """
+    device, d_sae = layer.W_dec.device, layer.cfg.d_sae
+    if experts is None:
+        return torch.arange(d_sae, device=device)
+    try:
+        is_one = isinstance(experts, Tensor | str) or not isinstance(experts, Iterable)
+        listed = experts if is_one else list(experts)
+        if not is_one and any(isinstance(n, bool) for n in listed):
+            raise TypeError("a truth value")
+        given = torch.as_tensor(listed)
+    except (TypeError, ValueError, RuntimeError):
+        given = None
+    if given is None or (given.numel() and (given.is_floating_point() or given.dtype == torch.bool)):
+        raise TypeError(f"an expert is named by an integer, got {reprlib.repr(experts)}.")
+    ids = given.to(device, torch.long).reshape(-1)
+    outside = ids[(ids < 0) | (ids >= d_sae)]
+    if len(outside):
+        raise IndexError(f"expert {int(outside[0])} does not exist: there are {d_sae}, from 0.")
+    return ids
 
-    def __init__(self) -> None:
-        self._input_of: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self._waiting: weakref.ref[Tensor] | None = None
-        self._others_wait = False
 
-    def remember(self, feature_acts: Tensor, sae_in: Tensor) -> None:
-        if self._waiting is not None and self._waiting() is not sae_in:
-            self._others_wait = True
-        self._waiting = weakref.ref(sae_in)
-        self._input_of[feature_acts] = sae_in
+WRITES = frozenset(("expert_input", "mixture", "experts_out"))
+"""The methods that make an expert's output."""
+COMPUTES = WRITES | {"hidden", "skip_out", "coefficients", "get_activation_fn", "encode", "decode", "forward"}
+"""The methods that make the layer's output."""
 
-    def recall(self, feature_acts: Tensor) -> Tensor:
-        """The input of `feature_acts`. Raises ValueError where that is not certain."""
-        sae_in = self._input_of.get(feature_acts)
-        if sae_in is None:
-            shape = tuple(feature_acts.shape)
-            if self._others_wait:
-                raise ValueError(
-                    f"decode got activations of shape {shape} that encode did not return, and more than "
-                    "one encode is waiting for its decode: pass the input, decode(feature_acts, x)."
-                )
-            sae_in = self._waiting() if self._waiting is not None else None
-            if sae_in is None:
-                raise ValueError(
-                    f"decode got activations of shape {shape} and no encode is waiting for its decode: "
-                    "this layer's output depends on its input. Pass it, decode(feature_acts, x)."
-                )
-        self._waiting, self._others_wait = None, False
-        return sae_in
 
-    def resolve(self, feature_acts: Tensor, x: Tensor | None) -> Tensor:
-        """x, or where it is None the input of `feature_acts`. Raises ValueError where it does not fit."""
-        sae_in = self.recall(feature_acts) if x is None else x
-        if feature_acts.shape[:-1] != sae_in.shape[:-1]:
-            raise ValueError(
-                f"activations of shape {tuple(feature_acts.shape)} do not belong to an input of "
-                f"shape {tuple(sae_in.shape)}: pass the input they were encoded from, "
-                "decode(feature_acts, x)."
-            )
-        return sae_in
+def _no_formula(_: "PairedTranscoder") -> list[str]:
+    return []
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "EncodedInputs":
-        return EncodedInputs()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
+def _no_expert_weight(self: "PairedTranscoder", n: int) -> Tensor:
+    raise NotImplementedError(
+        f"{type(self).__name__} computes its experts' outputs in its own way: define expert_weight(n) in it, "
+        f"expert {n} as a matrix from what it reads to the output."
+    )
 
-    def __setstate__(self, state: Mapping[str, Any]) -> None:
-        self.__init__()  # type: ignore[misc]
+
+def _singular_values_of_expert_weight(
+    self: "PairedTranscoder", batches: Iterable[Int[Tensor, " n"]]
+) -> Iterator[Float[Tensor, "n rank"]]:
+    for experts in batches:
+        yield torch.stack([torch.linalg.svdvals(self.expert_weight(n).double()) for n in experts.tolist()])
+
+
+SAYS: dict[str, tuple[frozenset[str], Any]] = {
+    "formula": (COMPUTES, _no_formula),
+    "expert_weight": (WRITES, _no_expert_weight),
+    "singular_values": (WRITES | {"expert_weight"}, _singular_values_of_expert_weight),
+}
+"""What a class says about itself, the methods it depends on, and what stands for it where a class overrides
+one of these and does not say it anew."""
 
 
 class PairedTranscoder(Transcoder):
-    """A layer y = (C^T a) * v(x) + b, a = TopK_k(relu(x W_enc + b_enc)), C = W_dec; '*' elementwise.
+    """A layer y = C^T a + b, a = TopK_k(relu(x W_enc + b_enc)), C = W_dec; and the base of all others.
 
-    v is 1, which makes it a transcoder; subclasses that multiply with something else give `decoder_out`,
-    and what else is added is `WithSkip`. Any leading shape. Hook points keep SAELens' meaning:
-    hook_sae_input (x), hook_sae_acts_pre, hook_sae_acts_post (a), hook_sae_recons (y);
-    hook_expert_out is the part of y that the experts make, before biases and skip connections.
+    Any leading shape. Hook points keep SAELens' meaning: hook_sae_input (x), hook_sae_acts_pre,
+    hook_sae_acts_post (a), hook_sae_recons (y); hook_expert_out is the part of y that the experts write,
+    before biases and skip connections.
     """
 
     cfg: PairedTranscoderConfig
     b_enc: nn.Parameter
     unit_rows: ClassVar[bool] = False
     """Whether training keeps the rows of W_dec at unit norm."""
+    title: ClassVar[str] = "A transcoder"
+    """What it is, as the beginning of a sentence."""
+    about: ClassVar[str] = ""
+    """What its experts write, in a sentence or two."""
+    unit: ClassVar[str] = "feature"
+    """What one of its units is called; "expert" where it is more than a direction."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = vars(cls).keys()
+        for name, (depends_on, otherwise) in SAYS.items():
+            if name not in own and depends_on & own:
+                setattr(cls, name, otherwise)
 
     def __init__(self, cfg: PairedTranscoderConfig) -> None:
         check_metadata(cfg.metadata)
@@ -199,18 +260,97 @@ class PairedTranscoder(Transcoder):
         self.hook_expert_out = HookPoint()
         self.setup()
 
-    def mix(
-        self, mixture: Float[Tensor, "*batch d_out"], x: Float[Tensor, "*batch d_in"]
-    ) -> Float[Tensor, "*batch d_out"]:
-        """The layer's output from the sparse part C^T a and the input x: (C^T a) * v(x) + b."""
-        return self.hook_expert_out(mixture * self.decoder_out(x)) + self.b_dec
+    # The formula
 
-    def decoder_out(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out_or_1"]:
-        """v, what the mixture of a token is multiplied with: D^T z for an MxD, 1 for a transcoder.
+    def coefficients(self, x: Float[Tensor, "*batch d_in"]) -> Coefficients:
+        """a of the input x, differentiable; no dense [..., d_sae] is made where k experts are active.
 
-        What takes a layer apart into its experts asks for it too, so that it must be all that multiplies.
+        The same coefficients as `encode`'s, without its hook points.
         """
+        if self.cfg.k is None:
+            return Dense(torch.relu(x @ self.W_enc + self.b_enc))
+        return Active(*topk_gate(x, self.W_enc, self.b_enc, self.cfg.k), self.cfg.d_sae)
+
+    def expert_input(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch s"]:
+        """s, all that the experts' outputs depend on beside their coefficients. [..., 1] of ones here."""
         return x.new_ones(*x.shape[:-1], 1)
+
+    def mixture(self, a: Coefficients) -> Float[Tensor, "*batch m"]:
+        """m, all that the coefficients contribute to the output; linear in a. C^T a here."""
+        return a.mix(self.W_dec, unit_rows=self.unit_rows)
+
+    def experts_out(
+        self, mixture: Float[Tensor, "*batch m"], expert_input: Float[Tensor, "*batch s"]
+    ) -> Float[Tensor, "*batch d_out"]:
+        """What the experts write together; linear in the mixture. m * s here, '*' elementwise."""
+        return mixture * expert_input
+
+    def skip_out(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"] | None:  # noqa: ARG002
+        """What is written without the experts beside b_dec: a skip connection's output, or None."""
+        return None
+
+    def output(
+        self, mixture: Float[Tensor, "*batch m"], x: Float[Tensor, "*batch d_in"]
+    ) -> Float[Tensor, "*batch d_out"]:
+        """y = experts_out(m, s) + b_dec + skip_out(x), from m and the input x."""
+        y = self.hook_expert_out(self.experts_out(mixture, self.expert_input(x))) + self.b_dec
+        skip = self.skip_out(x)
+        return y if skip is None else y + skip
+
+    def written_by(
+        self, experts: Int[Tensor, "*batch n"], expert_input: Float[Tensor, "*batch s"]
+    ) -> Float[Tensor, "*batch n d_out"]:
+        """What some experts write at coefficient 1, for tokens whose `expert_input` is given."""
+        one = Active(
+            torch.ones(*experts.shape, 1, dtype=self.W_dec.dtype, device=experts.device),
+            experts.unsqueeze(-1),
+            self.cfg.d_sae,
+        )
+        return self.experts_out(self.mixture(one), expert_input.unsqueeze(-2))
+
+    # What the layer says about itself
+
+    @property
+    def dense_parts(self) -> tuple[str, ...]:
+        """What each part is called that every token uses whole."""
+        return ()
+
+    def formula(self) -> list[str]:
+        """The layer as lines of Python, in the names of its weights; the last line is the output.
+
+        No lines where a class computes something of its own and does not say what.
+        """
+        return [self.gate_formula(), "y = a @ W_dec + b_dec"]
+
+    def gate_formula(self) -> str:
+        """The line that computes the coefficients."""
+        pre = "relu(x @ W_enc + b_enc)"
+        return f"a = {pre}" if self.cfg.k is None else f"a = topk({pre}, {self.cfg.k})"
+
+    @property
+    def writes_directions(self) -> bool:
+        """Whether an expert writes along the same direction at every token, as a transcoder's feature."""
+        return type(self).expert_input is PairedTranscoder.expert_input
+
+    def expert_weight(self, n: int) -> Float[Tensor, "d d_out"]:
+        """Expert n as a linear map of what it reads; here of its coefficient alone, one row c_n.
+
+        Raises:
+            IndexError: there is no expert n.
+            NotImplementedError: a class computes its experts' outputs in its own way and does not define it.
+        """
+        return self.W_dec[self.check_expert(n)].unsqueeze(0)
+
+    def singular_values(self, batches: Iterable[Int[Tensor, " n"]]) -> Iterator[Float[Tensor, "n rank"]]:
+        """The singular values of experts' `expert_weight`, largest first, in float64, batch by batch."""
+        for experts in batches:
+            yield self.W_dec[experts].double().norm(dim=-1, keepdim=True)
+
+    def check_expert(self, n: int) -> int:
+        """n. Raises IndexError or TypeError where there is no expert n."""
+        return int(expert_ids(self, n))
+
+    # Weights
 
     @override
     def get_activation_fn(self) -> nn.Module:
@@ -307,7 +447,7 @@ class PairedTranscoder(Transcoder):
         feature_acts: Float[Tensor, "*batch d_sae"],
         x: Float[Tensor, "*batch d_in"] | None = None,
     ) -> Float[Tensor, "*batch d_out"]:
-        """y = mix(C^T a, x).
+        """y = experts_out(mixture(a), expert_input(x)) + b_dec + skip_out(x).
 
         Args:
             feature_acts: a, [..., d_sae]: what `encode` returned, or an edited copy of it.
@@ -325,11 +465,11 @@ class PairedTranscoder(Transcoder):
             self.check_input(x)
             x = x.to(self.dtype)
         sae_in = self._encoded.resolve(feature_acts, x)
-        return self.hook_sae_recons(self.mix(feature_acts @ self.W_dec, sae_in))
+        return self.hook_sae_recons(self.output(self.mixture(Dense(feature_acts)), sae_in))
 
     @override
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        """y = mix(C^T a, x), with every hook point fired."""
+        """decode(encode(x)), with every hook point fired."""
         return self.hook_sae_output(self.decode(self.encode(x)))
 
     @override
@@ -339,15 +479,12 @@ class PairedTranscoder(Transcoder):
 
     def active_experts(
         self, x: Float[Tensor, "*batch d_in"]
-    ) -> tuple[Float[Tensor, "*batch k"], Int[Tensor, "*batch k"]]:
-        """The coefficients of the k active experts and their ids; no dense [..., d_sae] is made.
+    ) -> tuple[Float[Tensor, "*batch n"], Int[Tensor, "*batch n"]]:
+        """The coefficients of the active experts and their ids; n is k, or the most that any token has.
 
-        Raises:
-            ValueError: the layer has relu sparsity (k is None), where their number varies.
+        A token with fewer is filled up with experts whose coefficient is 0.
         """
-        if self.cfg.k is None:
-            raise ValueError("active_experts needs a layer with k; this one has relu sparsity.")
-        return topk_gate(x.to(self.dtype), self.W_enc, self.b_enc, self.cfg.k)
+        return self.coefficients(x.to(self.dtype)).active()
 
     @override
     def fold_W_dec_norm(self) -> None:
@@ -491,139 +628,30 @@ def expert_by_expert(W_enc: Float[Tensor, "d_in d_sae"]) -> Float[Tensor, "d_in 
     return W_enc.T.contiguous().T
 
 
-@dataclass(kw_only=True)
-class TrainingPairedTranscoderConfig(PairedTranscoderConfig, TrainingSAEConfig):
-    """What training adds to a configuration."""
+class Architecture(NamedTuple):
+    """An architecture's four classes."""
 
-    decoder_init_norm: float | None = None
-    """Must be None: each architecture starts W_dec as its source does."""
-    l1_coefficient: float = 0.0
-    """Weight of the penalty mean_tokens sum_n |a_n|. Needed where k is None."""
-    l1_warm_up_steps: int = 0
-    """Steps over which the penalty grows to its full weight."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.decoder_init_norm is not None:
-            raise ValueError(
-                "decoder_init_norm must be None: each architecture starts W_dec as its source does, "
-                f"got {self.decoder_init_norm}."
-            )
-        if self.l1_coefficient < 0 or (self.k is None and self.l1_coefficient == 0):
-            raise ValueError(
-                "l1_coefficient must be positive where k is None (it is what makes the experts "
-                f"sparse) and never negative, got {self.l1_coefficient} with k = {self.k}."
-            )
+    layer: type[PairedTranscoder]
+    config: type[PairedTranscoderConfig]
+    training_layer: type[Any]
+    """A `TrainingPairedTranscoder`."""
+    training_config: type[Any]
+    """A `TrainingPairedTranscoderConfig`."""
 
 
-class TrainingPairedTranscoder(PairedTranscoder, TrainingSAE[Any]):
-    """Trains a `PairedTranscoder` with SAELens' trainer on pairs [x | y].
-
-    Loss, as in the paper's code: mean over tokens and output dimensions of (y_hat - y)^2 / ||y||_2,
-    plus l1_coefficient * mean_tokens sum_n a_n. With `unit_rows`, the rows of C are set to unit norm
-    before every step, and the component of C's gradient parallel to each row is removed.
-    """
-
-    cfg: TrainingPairedTranscoderConfig
-
-    @override
-    def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
-        if self.cfg.l1_coefficient == 0:
-            return {}
-        return {"l1": TrainCoefficientConfig(self.cfg.l1_coefficient, self.cfg.l1_warm_up_steps)}
-
-    @override
-    def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        hidden_pre = self.process_sae_in(x) @ self.W_enc + self.b_enc
-        return self.activation_fn(hidden_pre), hidden_pre
-
-    @override
-    def calculate_aux_loss(
-        self,
-        step_input: TrainStepInput,
-        feature_acts: Tensor,
-        hidden_pre: Tensor,
-        sae_out: Tensor,
-    ) -> dict[str, Tensor]:
-        if "l1" not in step_input.coefficients:
-            return {}
-        return {"l1_loss": step_input.coefficients["l1"] * feature_acts.sum(-1).mean()}
-
-    @override
-    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        """One step's forward pass.
-
-        Args:
-            step_input: `sae_in` is the pair [x | y], [tokens, d_in + d_out].
-
-        Returns:
-            SAELens' TrainStepOutput with the target y as `sae_in`, so that SAELens' logs compare the
-            output with the target; `feature_acts` is sparse.
-
-        Raises:
-            ValueError: the pairs have another width.
-            FloatingPointError: the loss is not finite; raised before any gradient is taken.
-        """
-        d_in, d_out = self.cfg.d_in, self.cfg.d_out
-        if step_input.sae_in.shape[-1] != d_in + d_out:
-            raise ValueError(
-                f"training wants pairs [x | y] of width d_in + d_out = {d_in} + {d_out}, "
-                f"got {tuple(step_input.sae_in.shape)}."
-            )
-        self.normalize_decoder()
-        x, y = step_input.sae_in.to(self.dtype).split([d_in, d_out], dim=-1)
-
-        if self.cfg.k is None:
-            values, hidden_pre = self.encode_with_hidden_pre(x)
-            mixture = values @ (TangentGradient.apply(self.W_dec) if self.unit_rows else self.W_dec)
-            feature_acts = values.detach().to_sparse()
-        else:
-            values, indices = hidden_pre, _ = topk_gate(x, self.W_enc, self.b_enc, self.cfg.k)
-            mixture = sparse_decode(values, indices, self.W_dec, unit_rows=self.unit_rows)
-            feature_acts = sparse_activations(values.detach(), indices, self.cfg.d_sae)
-        y_hat = self.mix(mixture, x)
-
-        precise = torch.promote_types(self.dtype, torch.float32)
-        squared_error = (y_hat - y).to(precise).pow(2).sum(-1)
-        y_norm = y.to(precise).norm(dim=-1).clamp_min(1e-6)
-        losses = {"mse_loss": (squared_error / y_norm).mean() / d_out}
-        losses |= self.calculate_aux_loss(step_input, values, hidden_pre, y_hat)
-        loss = torch.stack(list(losses.values())).sum()
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} at this step.")
-        return TrainStepOutput(
-            sae_in=y,
-            sae_out=y_hat,
-            feature_acts=feature_acts,
-            hidden_pre=hidden_pre.detach(),
-            loss=loss,
-            losses=losses,
-            metrics={"normalized_mse": (squared_error.detach() / y_norm.pow(2)).mean()},
-        )
+ARCHITECTURES: dict[str, Architecture] = {}
+"""Every architecture that was registered, by its name."""
 
 
-def sparse_activations(
-    values: Float[Tensor, "tokens k"], indices: Int[Tensor, "tokens k"], d_sae: int
-) -> Float[Tensor, "tokens d_sae"]:
-    """The activations as a COO tensor, as SAELens' trainer takes them."""
-    tokens = torch.arange(values.shape[0], device=values.device).repeat_interleave(values.shape[1])
-    return torch.sparse_coo_tensor(
-        torch.stack([tokens, indices.flatten()]),
-        values.flatten(),
-        (values.shape[0], d_sae),
-        check_invariants=False,
-    )
-
-
-class TangentGradient(torch.autograd.Function):
-    """The identity, whose gradient loses its component parallel to each (unit norm) row."""
-
-    @staticmethod
-    def forward(ctx: Any, W: Tensor) -> Tensor:
-        ctx.save_for_backward(W)
-        return W.view_as(W)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (W,) = ctx.saved_tensors
-        return grad - (grad * W).sum(-1, keepdim=True) * W
+def register_architecture(
+    layer: type[PairedTranscoder],
+    config: type[PairedTranscoderConfig],
+    training_layer: type[Any],
+    training_config: type[Any],
+) -> None:
+    """Makes an architecture known here and to SAELens, by the name that its configuration gives it."""
+    name = config.architecture()
+    ARCHITECTURES[name] = Architecture(layer, config, training_layer, training_config)
+    # SAELens' own functions refuse a name twice; assigning lets a module be loaded again.
+    SAE_CLASS_REGISTRY[name] = (layer, config)
+    SAE_TRAINING_CLASS_REGISTRY[name] = (training_layer, training_config)

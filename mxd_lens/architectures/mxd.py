@@ -9,12 +9,12 @@ Names: G = W_enc, C = W_dec, E = W_hidden, D = W_out, b = b_dec. Gated, as Trans
 MLPs: z = phi(x W_hidden_gate + b_hidden_gate) * (x W_hidden + b_hidden).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformer_lens.hook_points import HookPoint
@@ -23,9 +23,18 @@ from typing_extensions import override
 from mxd_lens.architectures.base import (
     PairedTranscoder,
     PairedTranscoderConfig,
-    TrainingPairedTranscoder,
-    TrainingPairedTranscoderConfig,
+    register_architecture,
+    transcoder_parameters,
 )
+from mxd_lens.architectures.training import TrainingPairedTranscoder, TrainingPairedTranscoderConfig
+
+__all__ = [
+    "MxD",
+    "MxDConfig",
+    "TrainingMxD",
+    "TrainingMxDConfig",
+    "matched_n_experts",
+]
 
 HIDDEN_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
@@ -90,6 +99,12 @@ class MxD(PairedTranscoder):
     b_hidden_gate: nn.Parameter
     W_out: nn.Parameter
     unit_rows: ClassVar[bool] = True
+    title: ClassVar[str] = "A Mixture of Decoders"
+    about: ClassVar[str] = (
+        "Every expert n is a full linear decoder, y_n = a_n z (W_out * W_dec[n]); row n of W_dec alone is no "
+        "direction in the output. The decoder branch z is dense: every token uses all of it."
+    )
+    unit: ClassVar[str] = "expert"
 
     def __init__(self, cfg: MxDConfig) -> None:
         super().__init__(cfg)
@@ -139,20 +154,40 @@ class MxD(PairedTranscoder):
         gate = phi(self.hook_hidden_pre(x @ self.W_hidden_gate + self.b_hidden_gate))
         return self.hook_hidden_post(gate * self.hook_hidden_linear(linear))
 
-    @override
     def decoder_out(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """D^T z."""
         return self.hook_decoder_out(self.hidden(x) @ self.W_out)
 
+    @override
+    def expert_input(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        return self.decoder_out(x)
+
+    @property
+    @override
+    def dense_parts(self) -> tuple[str, ...]:
+        return ("the decoder branch",)
+
+    @override
+    def formula(self) -> list[str]:
+        phi, branch = self.cfg.hidden_activation, "x @ W_hidden + b_hidden"
+        z = f"{phi}(x @ W_hidden_gate + b_hidden_gate) * ({branch})" if self.cfg.gated else f"{phi}({branch})"
+        return [f"z = {z}", self.gate_formula(), "y = (a @ W_dec) * (z @ W_out) + b_dec"]
+
+    @override
     def expert_weight(self, n: int) -> Float[Tensor, "d_hidden d_out"]:
         """W_n = D diag(c_n): expert n's linear map from z to the output.
 
         Raises:
             IndexError: there is no expert n.
         """
-        if not 0 <= n < self.cfg.d_sae:
-            raise IndexError(f"expert {n} does not exist: there are {self.cfg.d_sae}, from 0.")
-        return self.W_out * self.W_dec[n]
+        return self.W_out * self.W_dec[self.check_expert(n)]
+
+    @override
+    def singular_values(self, batches: Iterable[Int[Tensor, " n"]]) -> Iterator[Float[Tensor, "n rank"]]:
+        # With D = Q R those of D diag(c_n) are those of R diag(c_n), which is no larger than [d_out, d_out].
+        R = torch.linalg.qr(self.W_out.double(), mode="r").R
+        for experts in batches:
+            yield torch.linalg.svdvals(R * self.W_dec[experts].double().unsqueeze(1))
 
 
 @dataclass(kw_only=True)
@@ -176,25 +211,20 @@ def matched_n_experts(
 ) -> int:
     """The number of experts that gives an MxD at most as many parameters as a transcoder.
 
-    N = floor(W - H - ([gated] H (d_in + 1) + [skip] d_in d_out) / (d_in + d_out + 1)), from
-
-        W (d_in + d_out + 1) + d_out
-            = (N + H) (d_in + d_out + 1) + [gated] H (d_in + 1) + [skip] d_in d_out + d_out
+    `MxDConfig.matched_size` for a budget of `transcoder_parameters(d_in, d_out, transcoder_width)`.
 
     Args:
         d_in, d_out, d_hidden: the MxD's widths.
-        transcoder_width: W, the number of features of the transcoder.
+        transcoder_width: the number of features of the transcoder.
         gated: whether the MxD is gated.
         skip: whether it has a skip connection, as a `SkipMxD`.
 
     Raises:
         ValueError: the decoder branch alone is larger than the transcoder.
     """
-    an_expert = d_in + d_out + 1
-    budget = (transcoder_width - d_hidden) * an_expert - gated * d_hidden * (d_in + 1) - skip * d_in * d_out
-    if budget < an_expert:
-        raise ValueError(
-            f"a transcoder of {transcoder_width} features has no room for a decoder branch of "
-            f"d_hidden = {d_hidden}: use more features or a narrower branch."
-        )
-    return budget // an_expert
+    # A skip connection's parameters do not depend on the number of experts.
+    budget = transcoder_parameters(d_in, d_out, transcoder_width) - skip * d_in * d_out
+    return MxDConfig.matched_size(budget, d_in=d_in, d_out=d_out, d_hidden=d_hidden, gated=gated)
+
+
+register_architecture(MxD, MxDConfig, TrainingMxD, TrainingMxDConfig)

@@ -14,7 +14,7 @@ from sae_lens.saes import transcoder as saelens
 from torch import Tensor
 from typing_extensions import override
 
-from mxd_lens.architectures.base import EncodedInputs
+from mxd_lens.architectures.inputs import EncodedInputs
 
 
 class KeepsItsSkip(saelens.SkipTranscoder):

@@ -1,4 +1,4 @@
-"""A linear skip connection, for whichever layer wants one: y = mix(C^T a, x) + W_skip x."""
+"""A linear skip connection, for whichever layer wants one: adds W_skip x to its output."""
 
 import torch
 from jaxtyping import Float
@@ -17,10 +17,18 @@ class WithSkip(PairedTranscoder, SkipTranscoder):
     """
 
     @override
-    def mix(
-        self, mixture: Float[Tensor, "*batch d_out"], x: Float[Tensor, "*batch d_in"]
-    ) -> Float[Tensor, "*batch d_out"]:
-        return super().mix(mixture, x) + x @ self.W_skip.T
+    def skip_out(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        return x @ self.W_skip.T
+
+    @property
+    @override
+    def dense_parts(self) -> tuple[str, ...]:
+        return (*super().dense_parts, "the skip connection")
+
+    @override
+    def formula(self) -> list[str]:
+        lines = super().formula()
+        return [*lines[:-1], *(f"{line} + x @ W_skip.T" for line in lines[-1:])]
 
     @override
     def fold_standardization(

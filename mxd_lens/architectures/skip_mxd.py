@@ -14,9 +14,17 @@ from typing import ClassVar
 import torch
 from typing_extensions import override
 
-from mxd_lens.architectures.base import TrainingPairedTranscoder, TrainingPairedTranscoderConfig
+from mxd_lens.architectures.base import register_architecture
 from mxd_lens.architectures.mxd import HIDDEN_ACTIVATIONS, MxD, MxDConfig
 from mxd_lens.architectures.skip import WithSkip
+from mxd_lens.architectures.training import TrainingPairedTranscoder, TrainingPairedTranscoderConfig
+
+__all__ = [
+    "SkipMxD",
+    "SkipMxDConfig",
+    "TrainingSkipMxD",
+    "TrainingSkipMxDConfig",
+]
 
 
 @dataclass(kw_only=True)
@@ -38,6 +46,7 @@ class SkipMxD(WithSkip, MxD):
 
     cfg: SkipMxDConfig
     unit_rows: ClassVar[bool] = False
+    title: ClassVar[str] = "A Mixture of Decoders with a skip connection"
 
     @override
     @torch.no_grad()
@@ -63,3 +72,6 @@ class TrainingSkipMxD(TrainingPairedTranscoder, SkipMxD):
     """A `SkipMxD` in training."""
 
     cfg: TrainingSkipMxDConfig
+
+
+register_architecture(SkipMxD, SkipMxDConfig, TrainingSkipMxD, TrainingSkipMxDConfig)

@@ -5,16 +5,22 @@ y = C^T a + W_skip x + b             W_skip [d_out, d_in], as SAELens
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from typing_extensions import override
 
-from mxd_lens.architectures.base import (
-    PairedTranscoderConfig,
-    TrainingPairedTranscoder,
-    TrainingPairedTranscoderConfig,
-)
+from mxd_lens.architectures.base import PairedTranscoderConfig, register_architecture, transcoder_parameters
 from mxd_lens.architectures.skip import WithSkip
 from mxd_lens.architectures.topk_transcoder import TopKTranscoder
+from mxd_lens.architectures.training import TrainingPairedTranscoder, TrainingPairedTranscoderConfig
+
+__all__ = [
+    "TopKSkipTranscoder",
+    "TopKSkipTranscoderConfig",
+    "TrainingTopKSkipTranscoder",
+    "TrainingTopKSkipTranscoderConfig",
+    "matched_n_features",
+]
 
 
 @dataclass(kw_only=True)
@@ -35,6 +41,7 @@ class TopKSkipTranscoder(WithSkip, TopKTranscoder):
     """
 
     cfg: TopKSkipTranscoderConfig
+    title: ClassVar[str] = "A TopK skip transcoder"
 
 
 @dataclass(kw_only=True)
@@ -51,19 +58,20 @@ class TrainingTopKSkipTranscoder(TrainingPairedTranscoder, TopKSkipTranscoder):
 def matched_n_features(d_in: int, d_out: int, transcoder_width: int) -> int:
     """The number of features that gives a skip transcoder at most as many parameters as a transcoder.
 
-    floor(W - d_in d_out / (d_in + d_out + 1)), from
-
-        W (d_in + d_out + 1) + d_out = n (d_in + d_out + 1) + d_in d_out + d_out
+    `TopKSkipTranscoderConfig.matched_size` for a budget of `transcoder_parameters(d_in, d_out,
+    transcoder_width)`.
 
     Args:
         d_in, d_out: the widths.
-        transcoder_width: W, the number of features of the plain transcoder.
+        transcoder_width: the number of features of the plain transcoder.
 
     Raises:
         ValueError: the skip connection alone is larger than the transcoder.
     """
-    a_feature = d_in + d_out + 1
-    budget = transcoder_width * a_feature - d_in * d_out
-    if budget < a_feature:
-        raise ValueError(f"a transcoder of {transcoder_width} features has no room for a skip connection.")
-    return budget // a_feature
+    budget = transcoder_parameters(d_in, d_out, transcoder_width)
+    return TopKSkipTranscoderConfig.matched_size(budget, d_in=d_in, d_out=d_out)
+
+
+register_architecture(
+    TopKSkipTranscoder, TopKSkipTranscoderConfig, TrainingTopKSkipTranscoder, TrainingTopKSkipTranscoderConfig
+)

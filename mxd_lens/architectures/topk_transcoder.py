@@ -5,15 +5,19 @@ y = C^T a + b                        every feature is one direction [d_out]
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from typing_extensions import override
 
-from mxd_lens.architectures.base import (
-    PairedTranscoder,
-    PairedTranscoderConfig,
-    TrainingPairedTranscoder,
-    TrainingPairedTranscoderConfig,
-)
+from mxd_lens.architectures.base import PairedTranscoder, PairedTranscoderConfig, register_architecture
+from mxd_lens.architectures.training import TrainingPairedTranscoder, TrainingPairedTranscoderConfig
+
+__all__ = [
+    "TopKTranscoder",
+    "TopKTranscoderConfig",
+    "TrainingTopKTranscoder",
+    "TrainingTopKTranscoderConfig",
+]
 
 
 @dataclass(kw_only=True)
@@ -34,6 +38,8 @@ class TopKTranscoder(PairedTranscoder):
     """
 
     cfg: TopKTranscoderConfig
+    title: ClassVar[str] = "A TopK transcoder"
+    about: ClassVar[str] = "Every feature n writes a_n times row n of W_dec, one direction."
 
 
 @dataclass(kw_only=True)
@@ -45,3 +51,8 @@ class TrainingTopKTranscoder(TrainingPairedTranscoder, TopKTranscoder):
     """A `TopKTranscoder` in training."""
 
     cfg: TrainingTopKTranscoderConfig
+
+
+register_architecture(
+    TopKTranscoder, TopKTranscoderConfig, TrainingTopKTranscoder, TrainingTopKTranscoderConfig
+)

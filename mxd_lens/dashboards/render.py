@@ -379,7 +379,7 @@ def pieces(excerpt: Excerpt, scale: float) -> list[dict[str, Any]]:
 
 def usage(settings: Mapping[str, Any], e: ExpertData) -> tuple[str, str]:
     """Code that loads the layer and steers the expert, and what is to be said about it."""
-    known = {config.architecture(): cls.__name__ for cls, config, _, _ in ARCHITECTURES}
+    known = {name: made.layer.__name__ for name, made in ARCHITECTURES.items()}
     cls = known.get(settings.get("architecture", ""))
     where, note = settings.get("layer"), ""
     if not where:

@@ -223,7 +223,11 @@ class AblationReport(Tabular):
                 f"{self.ce_loss_best_constant_gate:.3f}",
             ],
             ["mean ablation (mean gate)", r.normalized_mse_mean_gate, f"{r.ce_loss_mean_gate:.3f}"],
-            ["resample ablation (shuffled gate)", r.normalized_mse_shuffled_gate, f"{r.ce_loss_shuffled_gate:.3f}"],
+            [
+                "resample ablation (shuffled gate)",
+                r.normalized_mse_shuffled_gate,
+                f"{r.ce_loss_shuffled_gate:.3f}",
+            ],
             ["zero ablated", 1.0, f"{r.ce_loss_zero_ablated:.3f}"],
         ]
         for a in self.ablations:
@@ -385,7 +389,9 @@ def _measure(
     return scores
 
 
-def _ablations(sae: SAE[Any], report: FaithfulnessReport, scores: Mapping[Any, Measurement]) -> list[Ablation]:
+def _ablations(
+    sae: SAE[Any], report: FaithfulnessReport, scores: Mapping[Any, Measurement]
+) -> list[Ablation]:
     def of(what: str, n: int) -> tuple[float, float]:
         if (what, n) == ("removed", 0):
             return report.normalized_mse, report.ce_loss_replaced

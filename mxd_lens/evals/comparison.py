@@ -231,7 +231,9 @@ def compare(
         )[0]
         bar.update()
         zero_ablated = predictions(logits(first, zero))
-        means, n_mean_tokens = (None, None) if text is None else _means(model, layers, text, batch_size, progress)
+        means, n_mean_tokens = (
+            (None, None) if text is None else _means(model, layers, text, batch_size, progress)
+        )
         decompositions = []
         for name, sae in layers.items():
             target, (x, y) = targets[name], seen[name]

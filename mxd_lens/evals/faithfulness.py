@@ -3,13 +3,12 @@
 import json
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import torch
-from rich.table import Table
 from sae_lens import SAE
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -18,7 +17,7 @@ from mxd_lens.analysis.decomposition import Parts
 from mxd_lens.analysis.sequences import Text, token_batches, token_sequences_of
 from mxd_lens.artifacts.files import write_text
 from mxd_lens.artifacts.identity import hash_tensors
-from mxd_lens.artifacts.tables import Printable
+from mxd_lens.artifacts.tables import Table, Tabular, decimals
 from mxd_lens.evals.harness import Forward, Measurement, Target, layer_output, unchanged, zero
 from mxd_lens.hooks.replace import Replacement
 from mxd_lens.models import model_first
@@ -26,13 +25,22 @@ from mxd_lens.models import model_first
 N_LARGEST = 5
 UNKNOWN, HELD_OUT, SEEN = "unknown", "held-out", "seen in training"
 """What is known of a text with respect to a layer's training."""
+MEANINGS = {
+    "feature_share": "share of the error the experts explain",
+    "ce_loss_recovered": "1: no loss added; 0: as zero ablation",
+    "kl_divergence": "KL(unmodified || replaced), nats",
+    "normalized_mse_median": "median of the error over the tokens",
+    "fraction_of_variance_unexplained": "squared error over output variance",
+    "l0": "active experts per token",
+    "silent_fraction": "experts that never fired on this text",
+}
+"""What the numbers of the second table mean."""
 OPTIONAL = {"kl_divergence_zero_ablated", "text_name", "text_hash", "provenance"}
 """Fields that reports of earlier versions lack."""
 
 
-
 @dataclass(frozen=True, repr=False)
-class FaithfulnessReport(Printable):
+class FaithfulnessReport(Tabular):
     """What `evaluate` measured. y is the MLP's output, y_hat the layer's, on the counted tokens.
 
     Cross-entropies are in nats per token, of the language model with the layer in the MLP's place.
@@ -102,8 +110,8 @@ class FaithfulnessReport(Printable):
     def dead_fraction(self) -> float:
         """The former name of `silent_fraction`."""
         warnings.warn(
-            "FaithfulnessReport.dead_fraction is silent_fraction now: an expert that is silent on a text need "
-            "not be dead. The old name ends with the next version.",
+            "FaithfulnessReport.dead_fraction is silent_fraction now: an expert that is silent on a text "
+            "need not be dead. The old name ends with the next version.",
             DeprecationWarning,
             stacklevel=2,
         )
@@ -120,17 +128,21 @@ class FaithfulnessReport(Printable):
             ValueError: fields are missing or unknown.
         """
         if not isinstance(known, Mapping):
-            raise ValueError(f"A report is a JSON object, got {type(known).__name__}.")
+            raise ValueError(f"a report is a JSON object, got {type(known).__name__}.")
         values = dict(known)
         if "dead_fraction" in values:
             values["silent_fraction"] = values.pop("dead_fraction")
-        names = {f.name for f in fields(cls)}
-        unknown, missing = sorted(values.keys() - names), sorted(names - values.keys() - OPTIONAL)
+        kinds = {f.name: f.type for f in fields(cls)}
+        unknown, missing = values.keys() - kinds.keys(), kinds.keys() - values.keys() - OPTIONAL
         if unknown or missing:
             raise ValueError(
-                f"This is not a FaithfulnessReport: missing {', '.join(missing) or 'nothing'}, unknown "
-                f"{', '.join(unknown) or 'nothing'}."
+                f"this is not a report: missing {few_names(missing)}; unknown {few_names(unknown)}."
             )
+        for name, value in values.items():
+            kind: Any = kinds[name]
+            expected = (int, float) if kind is float else get_origin(kind) or kind
+            if not isinstance(value, expected):
+                raise ValueError(f"this is not a report: {name} is {str(value)[:40]!r}, not a {kind}.")
         return cls(**values)
 
     def save(self, path: str | Path) -> None:
@@ -152,42 +164,27 @@ class FaithfulnessReport(Printable):
             f"ce_loss_recovered={self.ce_loss_recovered:.3f})"
         )
 
-    def __rich__(self) -> Table:
-        text = f" of {self.text_name}" if self.text_name else ""
+    @property
+    def tables(self) -> list[Table]:
+        """The errors under each ablation, and every other number with its meaning."""
+        tokens = f"{self.n_tokens:,} tokens" + (f" of {self.text_name}" if self.text_name else "")
         known = "" if self.provenance == UNKNOWN else f", {self.provenance}"
-        table = Table(
-            title=f"{self.model_name}: {self.hook_name} -> {self.hook_name_out}, {self.n_tokens:,} "
-            f"tokens{text}{known}"
-        )
-        for column in ("", "the layer", "mean gate", "shuffled gate", "unmodified", "zero ablated"):
-            table.add_column(column, justify="right" if column else "left", overflow="fold")
-        table.add_row(
-            "normalised MSE",
-            f"{self.normalized_mse:.3f}",
-            f"{self.normalized_mse_mean_gate:.3f}",
-            f"{self.normalized_mse_shuffled_gate:.3f}",
-            "0",
-            "1",
-        )
-        table.add_row(
-            "cross-entropy",
-            f"{self.ce_loss_replaced:.3f}",
-            f"{self.ce_loss_mean_gate:.3f}",
-            f"{self.ce_loss_shuffled_gate:.3f}",
-            f"{self.ce_loss:.3f}",
-            f"{self.ce_loss_zero_ablated:.3f}",
-        )
-        for name in (
-            "normalized_mse_median",
-            "fraction_of_variance_unexplained",
-            "feature_share",
-            "ce_loss_recovered",
-            "kl_divergence",
-            "l0",
-            "silent_fraction",
-        ):
-            table.add_row(name.replace("_", " "), f"{getattr(self, name):.3f}")
-        return table
+        where = f"{self.model_name}, {self.hook_name} -> {self.hook_name_out}, {tokens}{known}"
+        errors = [
+            [name, f"{error:.3f}", f"{loss:.3f}", f"{loss - self.ce_loss:+.3f}"]
+            for name, error, loss in (
+                ("unmodified model", 0.0, self.ce_loss),
+                ("layer", self.normalized_mse, self.ce_loss_replaced),
+                ("experts mean-ablated", self.normalized_mse_mean_gate, self.ce_loss_mean_gate),
+                ("experts resampled", self.normalized_mse_shuffled_gate, self.ce_loss_shuffled_gate),
+                ("MLP zero-ablated", 1.0, self.ce_loss_zero_ablated),
+            )
+        ]
+        others = [[name, decimals(getattr(self, name)), meaning] for name, meaning in MEANINGS.items()]
+        return [
+            Table(["", "normalised MSE", "cross-entropy", "added nats"], errors, where),
+            Table(["name", "value", "meaning"], others),
+        ]
 
 
 @model_first
@@ -294,9 +291,16 @@ def evaluate_all(
     whole = {str(i): sequence for i, sequence in enumerate(sequences)}
     about = {"text_name": text_name, "text_hash": hash_tensors(whole)}
     return {
-        name: layer.report(model, forwards, about, unmodified[layer.target.output], ablated[layer.target.output])
+        name: layer.report(
+            model, forwards, about, unmodified[layer.target.output], ablated[layer.target.output]
+        )
         for name, layer in layers.items()
     }
+
+
+def few_names(names: Set[str]) -> str:
+    """Some names, for an error."""
+    return ", ".join(str(name)[:40] for name in sorted(names, key=str)[:5]) or "nothing"
 
 
 def share(part: float, whole: float) -> float:

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from rich.table import Table
 from sae_lens import SAE, TopKTrainingSAEConfig, logger
 from sae_lens.config import HfDataset
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
@@ -32,7 +31,7 @@ from mxd_lens.architectures import (
     matched_n_experts,
     matched_n_features,
 )
-from mxd_lens.artifacts.tables import Printable
+from mxd_lens.artifacts.tables import Cell, Table, Tabular
 from mxd_lens.evals.faithfulness import FaithfulnessReport, evaluate_all
 from mxd_lens.training.checkpoints import complete_checkpoints
 from mxd_lens.training.multi_runner import MultiTranscoderTrainingRunner
@@ -135,7 +134,7 @@ class Point:
 
 
 @dataclass
-class Frontier(Printable):
+class Frontier(Tabular):
     """What `frontier` measured."""
 
     settings: dict[str, Any]
@@ -179,24 +178,33 @@ class Frontier(Printable):
         ]
         return [point.reports[text] for point in sorted(found, key=lambda point: point.k)]
 
-    def __rich__(self) -> Table:
-        table = Table(title=f"{self.settings['model_name']}: the sparsity-accuracy frontier")
-        for column in ("layer", "K", "", "parameters"):
-            table.add_column(column, justify="left" if not column else "right", overflow="fold")
+    @property
+    def tables(self) -> list[Table]:
+        """A table for each held-out text, and one of what failed."""
+        points = sorted(self.points, key=lambda point: (point.layer, point.k))
+        tables = []
         for text in self.texts:
-            for column in ("normalised MSE", "feature share", "cross-entropy +", "dead"):
-                table.add_column(f"{column}\n{text}", justify="right", overflow="fold")
-        for point in sorted(self.points, key=lambda point: (point.layer, point.k)):
-            row = [str(point.layer), str(point.k), point.architecture, f"{point.n_parameters:,}"]
-            for report in point.reports.values():
-                row += [
+            rows: list[list[Cell]] = [
+                [
+                    point.layer,
+                    point.k,
+                    point.architecture,
+                    f"{point.n_parameters:,}",
                     f"{report.normalized_mse:.3f}",
                     f"{report.feature_share:.2f}",
                     f"{report.ce_loss_replaced - report.ce_loss:.4f}",
-                    f"{report.dead_fraction:.0%}",
+                    f"{report.silent_fraction:.0%}",
                 ]
-            table.add_row(*row, *([point.failure] if point.failure else []))
-        return table
+                for point in points
+                if (report := point.reports.get(text))
+            ]
+            columns = ["block", "K", "architecture", "parameters", "normalised MSE", "feature share"]
+            title = f"Sparsity-accuracy frontier of {self.settings['model_name']} on {text}"
+            tables.append(Table([*columns, "added nats", "silent"], rows, title))
+        failed: list[list[Cell]] = [[p.layer, p.k, p.architecture, p.failure] for p in points if p.failure]
+        if failed or not tables:
+            tables.append(Table(["block", "K", "architecture", "failure"], failed, "Runs that failed"))
+        return tables
 
 
 def frontier(
@@ -400,7 +408,7 @@ def _judge(
     saes = {}
     for point in points:
         try:
-            sae = SAE.load_from_disk(output / "trained" / point.name)
+            sae = SAE.load_from_disk(output / "trained" / point.name, device=str(model.cfg.device))
         except (OSError, ValueError, SafetensorError) as e:
             point.failure = f"{type(e).__name__}: {e}"
             logger.error("%s cannot be read. %s", point.name, e)
@@ -409,7 +417,7 @@ def _judge(
         saes[point.name] = sae
     if not saes:
         return
-    reports = {text: evaluate_all(saes, model, tokens) for text, tokens in held_out.items()}
+    reports = {text: evaluate_all(model, saes, tokens) for text, tokens in held_out.items()}
     for point in points:
         if point.name in saes:
             point.failure = None

@@ -202,4 +202,3 @@ class Measurement:
     @property
     def kl_divergence(self) -> float:
         return torch.cat(self._divergences).double().mean().item()
-

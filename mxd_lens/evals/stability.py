@@ -74,9 +74,7 @@ class Usage(NamedTuple):
         return torch.sparse_coo_tensor(at, ones, shape, check_invariants=False).coalesce()
 
 
-def read_usage(
-    model: Any, sae: SAE[Any], text: Text, batch_size: int = 8, progress: bool = True
-) -> Usage:
+def read_usage(model: Any, sae: SAE[Any], text: Text, batch_size: int = 8, progress: bool = True) -> Usage:
     """How a layer's experts are used on a text, and where they fire.
 
     Args:

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.table import Table
 from sae_lens import SAE
 from torch.nn import functional as F
 
-from mxd_lens.artifacts.tables import Printable
+from mxd_lens.artifacts.tables import Tabular
 from mxd_lens.hooks.replace import hook_names
 from mxd_lens.hooks.steer import Mode, steer
 
@@ -66,7 +65,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class SteeredSamples(Printable):
+class SteeredSamples(Tabular):
     """What `steered_samples` gives: the same model's continuations, with an expert steered and without."""
 
     model_name: str
@@ -97,16 +96,18 @@ class SteeredSamples(Printable):
         known = json.loads(Path(path).read_text(encoding="utf-8"))
         return cls(**known | {"sampling": Sampling(**known["sampling"])})
 
-    def __rich__(self) -> Table:
+    @property
+    def title(self) -> str:
+        return f"{self.model_name}, {self.hook_name_out}, prompt {self.sampling.prompt!r}"
+
+    @property
+    def columns(self) -> list[str]:
         change = {"add": "+", "set": "=", "scale": "x"}[self.mode]
-        table = Table(
-            title=f"{self.model_name}, {self.hook_name_out}: {self.sampling.prompt!r} ...", show_lines=True
-        )
-        table.add_column(f"expert {self.expert} {change} {self.coefficient:g}", ratio=1)
-        table.add_column("not steered", ratio=1)
-        for pair in zip(self.steered, self.unsteered, strict=True):
-            table.add_row(*(text.replace("[", r"\[") for text in pair))
-        return table
+        return [f"expert {self.expert} {change} {self.coefficient:g}", "not steered"]
+
+    @property
+    def rows(self) -> list[tuple[str, str]]:
+        return list(zip(self.steered, self.unsteered, strict=True))
 
 
 def steered_samples(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
+from mxd_lens.architectures.base import expert_ids
 from mxd_lens.hooks.replace import check_fits, hook_names
 from mxd_lens.models import attached_layer, block_of, hook_point, model_first, past_length
 
@@ -113,8 +114,7 @@ def ablate(
     Raises:
         ValueError, IndexError, TypeError: as `steer`; ValueError also if there are no means.
     """
-    ids = experts.tolist() if isinstance(experts, Tensor) else experts
-    ids = [expert_id(sae, n) for n in (ids if isinstance(ids, Sequence) else [ids])]
+    ids = expert_ids(sae, experts).tolist()
     if with_ == "zero":
         values: dict[int, Coefficient] = dict.fromkeys(ids, 0.0)
     elif with_ == "mean":
@@ -140,19 +140,6 @@ def mean_coefficients(
     elif len(known) != sae.cfg.d_sae:
         raise ValueError(f"means must be [d_sae = {sae.cfg.d_sae}], or by expert id, got [{len(known)}].")
     return {n: float(known[n]) for n in experts}
-
-
-def expert_id(sae: SAE[Any], n: Any) -> int:
-    """n, if there is such an expert."""
-    if isinstance(n, bool):
-        raise TypeError(f"an expert is named by an integer, got {n!r}.")
-    try:
-        index = operator.index(n)
-    except TypeError:
-        raise TypeError(f"an expert is named by an integer, got {n!r}.") from None
-    if not 0 <= index < sae.cfg.d_sae:
-        raise IndexError(f"expert {index} does not exist: there are {sae.cfg.d_sae}, from 0.")
-    return index
 
 
 @dataclass(frozen=True)
@@ -193,7 +180,7 @@ class Edit:
         for n, v in experts.items():
             if not isinstance(v, Tensor) and not math.isfinite(v):
                 raise ValueError(f"the coefficient of expert {n} must be finite, got {v!r}.")
-        return cls([expert_id(sae, n) for n in experts], list(experts.values()), mode)
+        return cls(expert_ids(sae, experts).tolist(), list(experts.values()), mode)
 
     def values(self, now: Pass, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch n"]:
         """The coefficients v at the positions of a forward pass."""

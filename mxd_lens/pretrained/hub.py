@@ -30,7 +30,6 @@ from mxd_lens.architectures.saved import check_sae_id, hub_errors, layers_among,
 from mxd_lens.models import hub_name
 from mxd_lens.pretrained.machine_paths import without_machine_paths
 from mxd_lens.pretrained.model_card import (
-    TITLES,
     Report,
     code,
     front_matter,
@@ -229,7 +228,7 @@ class PublishedLayer:
         measured = ("normalized_mse", "normalized_mse_mean_gate", "feature_share")
         return row(
             self.sae_id,
-            TITLES[cfg.architecture()].removeprefix("A "),
+            self.sae.title.removeprefix("A "),
             plain(without_machine_paths(cfg.metadata.model_name or "")),
             code(cfg.metadata.hook_name_out),
             f"{cfg.d_sae:,}",

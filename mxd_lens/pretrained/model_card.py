@@ -8,18 +8,9 @@ from typing import Any, Protocol
 from huggingface_hub import ModelCardData
 
 from mxd_lens.architectures.base import PairedTranscoder
-from mxd_lens.architectures.mxd import MxD
-from mxd_lens.architectures.skip import WithSkip
 from mxd_lens.artifacts.tables import printable
 from mxd_lens.models import hub_name
 from mxd_lens.pretrained.machine_paths import without_machine_paths
-
-TITLES = {
-    "mxd": "A Mixture of Decoders",
-    "skip_mxd": "A Mixture of Decoders with a skip connection",
-    "topk_transcoder": "A TopK transcoder",
-    "topk_skip_transcoder": "A TopK skip transcoder",
-}
 
 SETTINGS = {
     "dataset_path": "text",
@@ -97,15 +88,14 @@ def model_card(
     """
     metadata = without_machine_paths(sae.cfg.metadata.to_dict())
     model_name = metadata.get("model_name") or ""
-    title = TITLES[sae.cfg.architecture()]
+    title = sae.title
     parts = [
         front_matter([sae.cfg.architecture()], base_model or hub_name(model_name), license),
         f"# {plain(sae_id)}: {title[0].lower()}{title[1:]} of {plain(model_name) or 'a language model'}",
         f"{title} that stands in for one MLP: it reads {code(metadata.get('hook_name'))} and writes "
         f"{code(metadata.get('hook_name_out'))}. Made with mxd_lens, in SAELens' format.",
         "## The layer",
-        f"```python\n{formula(sae)}\n```",
-        layer_description(sae),
+        formula(sae),
         table(("", ""), layer_rows(sae, metadata)),
         "## Training",
         table(("", ""), training_rows(metadata, training)) or "Nothing is known about it.",
@@ -133,28 +123,11 @@ def front_matter(architectures: Iterable[str], base_model: str | None, license: 
 
 
 def formula(sae: PairedTranscoder) -> str:
-    """The layer as Python, in the names of its weights."""
-    cfg = sae.cfg
-    lines, output = [], "a @ W_dec"
-    if isinstance(sae, MxD):
-        phi = sae.cfg.hidden_activation
-        branch = "x @ W_hidden + b_hidden"
-        gated = f"{phi}(x @ W_hidden_gate + b_hidden_gate) * ({branch})"
-        lines.append(f"z = {gated if sae.cfg.gated else f'{phi}({branch})'}")
-        output = "(a @ W_dec) * (z @ W_out)"
-    pre = "relu(x @ W_enc + b_enc)"
-    lines.append(f"a = {pre}" if cfg.k is None else f"a = topk({pre}, {cfg.k})")
-    skip = " + x @ W_skip.T" if isinstance(sae, WithSkip) else ""
-    return "\n".join([*lines, f"y = {output}{skip} + b_dec"])
-
-
-def layer_description(sae: PairedTranscoder) -> str:
-    if not isinstance(sae, MxD):
-        return "Every feature n writes a_n times row n of W_dec, one direction."
-    return (
-        "Every expert n is a full linear decoder, y_n = a_n z (W_out * W_dec[n]); row n of W_dec alone is no "
-        "direction in the output. The decoder branch z is dense: every token uses all of it."
-    )
+    """The layer as Python in the names of its weights, and what its experts write."""
+    lines = "\n".join(sae.formula())
+    if not lines:
+        return f"{type(sae).__name__} computes something of its own, and its code does not state the formula."
+    return f"```python\n{lines}\n```\n\n{sae.about}"
 
 
 def layer_rows(sae: PairedTranscoder, metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -165,13 +138,13 @@ def layer_rows(sae: PairedTranscoder, metadata: Mapping[str, Any]) -> list[tuple
         ("reads", code(metadata.get("hook_name"))),
         ("writes", code(metadata.get("hook_name_out"))),
         ("d_in, d_out", f"{cfg.d_in:,}, {cfg.d_out:,}"),
-        ("experts (d_sae)" if isinstance(sae, MxD) else "features (d_sae)", f"{cfg.d_sae:,}"),
+        (f"{sae.unit}s (d_sae)", f"{cfg.d_sae:,}"),
         ("active on a token (k)", "as many as are above 0" if cfg.k is None else f"{cfg.k:,}"),
         ("parameters", f"{sum(p.numel() for p in sae.parameters()):,}"),
         ("dtype", cfg.dtype),
     ]
-    if isinstance(sae, MxD):
-        rows.insert(6, ("width of the decoder branch (d_hidden)", f"{sae.cfg.d_hidden:,}"))
+    if hasattr(cfg, "d_hidden"):
+        rows.insert(6, ("width of the decoder branch (d_hidden)", f"{cfg.d_hidden:,}"))
     return [(plain(name), value) for name, value in rows]
 
 
@@ -272,8 +245,8 @@ def what_it_means(sae: PairedTranscoder, found: Mapping[str, Any]) -> str:
     """One honest sentence on how much of the layer's work its experts do."""
     error, without = numbers(found, "normalized_mse", "normalized_mse_mean_gate")
     share = found["feature_share"]
-    experts = "experts" if isinstance(sae, MxD) else "features"
-    rest = f"{dense_parts(sae)} alone"
+    experts = f"{sae.unit}s"
+    rest = f"{' and '.join(sae.dense_parts) or 'a constant'} alone"
     if not share > 0:
         return (
             f"On this text the {experts} explain nothing that {rest} would not: the layer's error is "
@@ -288,13 +261,6 @@ def what_it_means(sae: PairedTranscoder, found: Mapping[str, Any]) -> str:
         f"Without telling tokens apart by their {experts}, {rest} would have an error of {without} instead "
         f"of {error}, a feature share of {number(share)}: {verdict}"
     )
-
-
-def dense_parts(sae: PairedTranscoder) -> str:
-    parts = ["the decoder branch"] if isinstance(sae, MxD) else []
-    if isinstance(sae, WithSkip):
-        parts.append("the skip connection")
-    return " and ".join(parts) or "a constant"
 
 
 def usage(sae: PairedTranscoder, model_name: str, release: str, sae_id: str) -> str:

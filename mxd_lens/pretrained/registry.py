@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 from sae_lens import SAE, logger
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 from sae_lens.loading import pretrained_sae_loaders, pretrained_saes_directory
@@ -27,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mxd_lens.artifacts.tables import Printable
+from mxd_lens.artifacts.tables import Table, Tabular
 
 BUNDLED = Path(__file__).parent / "weights"
 REPORT_FILENAME = "report.json"
@@ -55,34 +54,27 @@ class PretrainedLayer:
     """The `FaithfulnessReport` that lies beside the weights, as a dictionary."""
 
 
-class PretrainedLayers(Printable, list[PretrainedLayer]):
+class PretrainedLayers(Tabular, list[PretrainedLayer]):
     """Layers, which print as a table."""
 
-    def __rich__(self) -> Table:
-        table = Table(title="Pretrained layers", padding=(0, 0), show_lines=True)
-        table.add_column("release\nsae_id\nsource", overflow="fold")
-        table.add_column("architecture\nmodel", overflow="fold")
-        for column in ("experts\nK", "weights", "norm.\nMSE", "feature\nshare", "CE re-\ncovered"):
-            table.add_column(column, justify="right")
+    @property
+    def tables(self) -> list[Table]:
+        """Where the layers are from, how large they are, and how well they do."""
+        origins, sizes, scores = [], [], []
         for layer in self:
+            name = f"{layer.release}:{layer.sae_id}"
+            weights = None if layer.n_parameters is None else f"{layer.n_parameters / 1e6:.1f} M"
             report = layer.report or {}
-            measured = [report.get(name) for name in ("normalized_mse", "feature_share", "ce_loss_recovered")]
-            table.add_row(
-                f"{layer.release}\n{layer.sae_id}\n{layer.source}",
-                f"{_cell(layer.architecture)}\n{_cell(layer.model_name)}",
-                f"{_cell(layer.d_sae)}\n{_cell(layer.k)}",
-                "?" if layer.n_parameters is None else f"{layer.n_parameters / 1e6:.1f} M",
-                *map(_cell, measured),
+            origins.append([name, layer.model_name, layer.source])
+            sizes.append([name, layer.architecture, layer.d_sae, layer.k, weights])
+            scores.append(
+                [name, *(report.get(key) for key in ("normalized_mse", "feature_share", "ce_loss_recovered"))]
             )
-        return table
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "?"
-    if isinstance(value, float):
-        return f"{value:.3f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+        return [
+            Table(["layer", "model", "source"], origins, "Pretrained layers"),
+            Table(["layer", "architecture", "experts", "K", "weights"], sizes, "Their sizes"),
+            Table(["layer", "normalised MSE", "feature share", "loss recovered"], scores, "Their reports"),
+        ]
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from mxd_lens.artifacts.page import (
     write_png,
 )
 from mxd_lens.artifacts.tables import percent, printable
-from mxd_lens.evals.ablation import CarryReport
+from mxd_lens.evals.ablation import AblationReport
 from mxd_lens.evals.token_dependence import BINS, ExampleExpert
 
-Reports = Mapping[str, CarryReport]
+Reports = Mapping[str, AblationReport]
 
 NONE_AT = 0.5
 """Where no expert stands on an axis that counts them in powers of two."""
@@ -33,7 +33,7 @@ def write_carry_page(path: str | Path, reports: Reports, notes: Mapping[str, str
 
     Args:
         path: the HTML file.
-        reports: what `what_experts_carry` measured, by the layers' names; one or several.
+        reports: what `ablation_study` measured, by the layers' names; one or several.
         notes: further facts, by name.
 
     Raises:
@@ -86,10 +86,10 @@ def write_carry_png(path: str | Path, reports: Reports) -> list[Path]:
     return [write_png(path.with_name(f"{path.stem}-{name}.png"), fig) for name, fig in figures.items()]
 
 
-def verdict(name: str, report: CarryReport) -> str:
+def verdict(name: str, report: AblationReport) -> str:
     """What a report says, in two sentences of HTML."""
     r, token = report.faithfulness, report.information.of("token")
-    half = report.half_carried_by
+    half = report.half_explained_by
     alone = (
         "All of them together do no better than none."
         if half is None
@@ -99,8 +99,9 @@ def verdict(name: str, report: CarryReport) -> str:
     )
     return (
         f"<b>{escape(name)}</b>: of the error that the best constant gate leaves "
-        f"({report.normalized_mse_best_constant_gate:.3f}), the experts explain {percent(report.carried)}. "
-        f"{alone} The token itself determines {percent(token.firing)} of which experts fire; "
+        f"({report.normalized_mse_best_constant_gate:.3f}), the experts explain "
+        f"{percent(report.explained_by_experts)}. {alone} The token itself determines "
+        f"{percent(token.firing)} of which experts fire; "
         f"{percent(token.lookups)} of the experts judged are token lookups."
     )
 
@@ -179,7 +180,7 @@ def gate_rows(reports: Reports) -> str:
                     f"{report.normalized_mse_best_constant_gate:.3f}",
                     f"{r.normalized_mse_mean_gate:.3f}",
                     f"{r.normalized_mse_shuffled_gate:.3f}",
-                    percent(report.carried),
+                    percent(report.explained_by_experts),
                     f"{r.ce_loss_replaced - r.ce_loss:+.3f}",
                     f"{report.ce_loss_best_constant_gate - r.ce_loss:+.3f}",
                     f"{r.ce_loss_zero_ablated - r.ce_loss:+.3f}",
@@ -302,7 +303,7 @@ def information_rows(reports: Reports) -> str:
     return "".join(rows)
 
 
-def examples(name: str, report: CarryReport) -> str:
+def examples(name: str, report: AblationReport) -> str:
     """The experts that the token determines most and least."""
     information = report.information
     if not information.lookups:

@@ -6,7 +6,8 @@ from html import escape
 from pathlib import Path
 
 from mxd_lens.artifacts.page import BLUE, GREY, ORANGE, write_page
-from mxd_lens.artifacts.tables import percent, printable, shown
+from mxd_lens.artifacts.tables import percent, printable
+from mxd_lens.artifacts.tables import text_of as shown
 from mxd_lens.evals.comparison import PARTS, Comparison, Decomposition, Predictions
 
 IN_CELL = 3

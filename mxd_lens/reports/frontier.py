@@ -182,7 +182,7 @@ def rows_of(frontier: Frontier, text: str) -> str:
                 f"{mean(r.normalized_mse for r in reports):.3f} "
                 f"<small>(share {mean(r.feature_share for r in reports):.2f}, "
                 f"+{mean(r.ce_loss_replaced - r.ce_loss for r in reports):.4f} nats, "
-                f"dead {mean(r.dead_fraction for r in reports):.0%})</small>"
+                f"dead {mean(r.silent_fraction for r in reports):.0%})</small>"
                 if reports
                 else "&ndash;"
             )

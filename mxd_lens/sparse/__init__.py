@@ -12,8 +12,10 @@ backward pass. Gradients are exact; they cannot be differentiated again. Under
 compiles, but not with `fullgraph=True`.
 
 Each operation has three implementations, chosen by the device of its input:
-"reference" (dense, what the formula says), "cpu" and "triton" (CUDA). A test or
-a benchmark forces one with `implementation`:
+"reference" (dense, what the formula says), "cpu" and "triton" (CUDA). On first use
+on a GPU the Triton kernels are compared with the reference; where they differ or
+do not compile, the reference is used, with a warning. A test or a benchmark forces
+an implementation with `implementation`:
 
     with sparse.implementation("reference"):
         ...
@@ -34,7 +36,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mxd_lens.sparse import autograd, reference
+from mxd_lens.sparse import autograd, first_use, reference
 
 __all__ = ["Implementation", "implementation", "sparse_decode", "topk_gate"]
 
@@ -111,17 +113,20 @@ def sparse_decode(
 
 @torch.compiler.disable
 def _run(operation: str, first: Tensor, *rest: Any, **options: Any) -> Any:
-    name = _forced.get() or _by_device(first.device)
+    name = _forced.get() or _by_device(first.device, first.dtype)
     if name == "reference":
         return getattr(reference, operation)(first, *rest, **options)
     kernels = import_module(f"mxd_lens.sparse.{name}")
     return getattr(autograd, operation)(kernels, first, *rest, **options)
 
 
-def _by_device(device: torch.device) -> Implementation:
+def _by_device(device: torch.device, dtype: torch.dtype) -> Implementation:
     if device.type == "cpu":
         return "cpu"
-    return "triton" if device.type == "cuda" and find_spec("triton") else "reference"
+    has_triton = device.type == "cuda" and find_spec("triton") is not None
+    return (
+        "triton" if has_triton and first_use.agrees_with_reference("triton", device, dtype) else "reference"
+    )
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

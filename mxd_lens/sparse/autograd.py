@@ -185,3 +185,17 @@ def _row_sums(
     dtype = torch.promote_types(entries.dtype, torch.float32)
     sums = torch.zeros(n_rows, dtype=dtype, device=entries.device)
     return sums.index_add_(0, rows, entries.to(dtype))
+
+
+class TangentGradient(torch.autograd.Function):
+    """The identity, whose gradient loses its component parallel to each (unit norm) row."""
+
+    @staticmethod
+    def forward(ctx: Any, W: Tensor) -> Tensor:
+        ctx.save_for_backward(W)
+        return W.view_as(W)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (W,) = ctx.saved_tensors
+        return grad - (grad * W).sum(-1, keepdim=True) * W

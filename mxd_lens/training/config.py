@@ -8,7 +8,7 @@ from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
 from sae_lens.saes.sae import TrainingSAEConfig
 from typing_extensions import override
 
-from mxd_lens.architectures.base import TrainingPairedTranscoderConfig
+from mxd_lens.architectures.training import TrainingPairedTranscoderConfig
 from mxd_lens.training.checkpoints import complete_checkpoints
 
 LATEST = "latest"

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mxd_lens.architectures.base import TrainingPairedTranscoder
+from mxd_lens.architectures.training import TrainingPairedTranscoder
 from mxd_lens.models import load_model
 from mxd_lens.training.activations import PairedActivationsStore
 from mxd_lens.training.checkpoints import PARTIAL, complete_checkpoints

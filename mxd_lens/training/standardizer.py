@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typing_extensions import override
 
-from mxd_lens.architectures.base import TrainingPairedTranscoder
+from mxd_lens.architectures.training import TrainingPairedTranscoder
 
 STANDARDIZER_FILENAME = "standardizer.safetensors"
 

@@ -115,7 +115,7 @@ def test_attached_it_is_its_forward_pass(kind, tiny_model):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a[0].__name__)
+@pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=lambda a: a[0].__name__)
 def test_every_architecture_saves_and_loads_bit_by_bit(architecture, dtype, tmp_path):
     inference, _, training, training_config = architecture
     extra = {"d_hidden": 6} if "d_hidden" in training_config.__dataclass_fields__ else {}

@@ -58,7 +58,7 @@ def test_every_point_is_there_and_is_what_evaluate_says(sweep, tiny_model, held_
         sae = SAE.load_from_disk(tmp_path / "sweep" / "trained" / point.name)
         assert sae.cfg.k == point.k
         for name, tokens in held_out.items():
-            assert point.reports[name] == evaluate(sae, tiny_model, tokens, progress=False)
+            assert point.reports[name] == evaluate(tiny_model, sae, tokens, progress=False)
     (one,) = result.select("other", 2, "skip_mxd", 4)
     assert one.hook_name == "blocks.2.mlp.hook_in"
     assert [r.l0 for r in result.select("same", 1, "topk_transcoder")] == pytest.approx([2, 4], abs=0.5)
@@ -78,7 +78,7 @@ def test_sizes_are_matched(sweep) -> None:
         "topk_skip_transcoder": matched_n_features(D_MODEL, D_MODEL, 60),
         "topk_sae": 60,
     }
-    with pytest.raises(ValueError, match="no room for a skip"):
+    with pytest.raises(ValueError, match="with one expert has"):
         matched_n_features(100, 100, 50)
 
 

@@ -33,13 +33,11 @@ WEIGHTS, CONFIG, SPARSITY, RUNNER = (
     "sparsity.safetensors",
     "runner_cfg.json",
 )
-NAMES = [config.architecture() for _, config, _, _ in ARCHITECTURES]
+NAMES = list(ARCHITECTURES)
 
 
 def random_layer(architecture: str = "mxd", seed: int = 0, **changes: Any) -> Any:
-    layer_class, config_class = next(
-        (layer, config) for layer, config, _, _ in ARCHITECTURES if config.architecture() == architecture
-    )
+    layer_class, config_class, _, _ = ARCHITECTURES[architecture]
     widths = {"d_in": 4, "d_out": 5, "d_sae": 12, "k": 2} | ({"d_hidden": 3} if "mxd" in architecture else {})
     metadata = SAEMetadata(model_name="gpt2", hook_name=HOOK_IN, hook_name_out=HOOK_OUT)
     layer = layer_class(config_class(**(widths | {"metadata": metadata} | changes)))

@@ -20,7 +20,7 @@ from test_hub import NAMES, REPO, REPORT, RUN, random_layer
 
 from mxd_lens import evaluate
 from mxd_lens.pretrained.hub import push_to_hub
-from mxd_lens.pretrained.model_card import formula, model_card, plain, table, training_settings
+from mxd_lens.pretrained.model_card import model_card, plain, table, training_settings
 from mxd_lens.text import token_sequences
 
 
@@ -95,9 +95,9 @@ def test_the_formula_is_the_layer(architecture: str, changes: dict[str, Any], k:
     layer = random_layer(architecture, k=k, dtype="float64", **changes)
     x = torch.randn(50, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     names = {name: weight.detach().numpy() for name, weight in layer.named_parameters()}
-    exec(formula(layer), names := {"x": x.numpy(), "topk": topk, **PHI, **names})
+    exec("\n".join(layer.formula()), names := {"x": x.numpy(), "topk": topk, **PHI, **names})
     np.testing.assert_allclose(names["y"], layer(x).detach().numpy(), rtol=1e-12, atol=1e-12)
-    assert f"```python\n{formula(layer)}\n```" in card_of(layer)
+    assert "```python\n{}\n```".format("\n".join(layer.formula())) in card_of(layer)
 
 
 @pytest.mark.parametrize("architecture", NAMES)
@@ -150,7 +150,7 @@ def measured(tiny_folder: Path) -> Any:
     metadata = SAEMetadata(model_name=str(tiny_folder), hook_name=HOOK_IN, hook_name_out=HOOK_OUT)
     layer = random_layer(d_in=D_MODEL, d_out=D_MODEL, metadata=metadata)
     tokens = torch.randint(3, 20, (4, 16), generator=torch.Generator().manual_seed(0))
-    return layer, evaluate(layer, model, tokens, progress=False)
+    return layer, evaluate(model, layer, tokens, progress=False)
 
 
 def test_every_number_of_the_tables_stands_in_the_report(measured: Any) -> None:
@@ -343,6 +343,6 @@ def test_the_sentences_are_about_the_layer(smollm2: Any) -> None:
     layer = random_layer("topk_transcoder", d_in=576, d_out=576, metadata=metadata)
     layer.W_dec.data.zero_()
     tokens = token_sequences(smollm2, [{"text": "The cat sat on the mat. " * 20}], 1, 32)
-    card = card_of(layer, {"a cat": evaluate(layer, smollm2, tokens, progress=False)})
+    card = card_of(layer, {"a cat": evaluate(smollm2, layer, tokens, progress=False)})
     assert "the features explain nothing that a constant alone would not" in card
     assert metadata_of(card)["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import HOOK_OUT
+from layers import make_layer, skip_of, written_by
 from test_attach import MODELS, PROMPT
 from test_cli import run
-from test_decomposition import make_layer, skip_of, written_by
 from torch.nn import functional as F
 
 from mxd_lens import MxD, replacement_hooks

@@ -19,7 +19,7 @@ from mxd_lens.training.trainer import TrainingInterrupted
 
 def layers() -> list:
     made = []
-    for _, _, training, config in ARCHITECTURES:
+    for _, _, training, config in ARCHITECTURES.values():
         has_branch = "d_hidden" in config.__dataclass_fields__
         for extra in [{"d_hidden": 6}, {"d_hidden": 6, "gated": True}] if has_branch else [{}]:
             cfg = config(d_in=D_IN, d_out=D_OUT, d_sae=N, k=K, dtype="float64", **extra)
