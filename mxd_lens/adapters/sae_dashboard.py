@@ -41,7 +41,7 @@ from mxd_lens.analysis.firings import input_hook
 from mxd_lens.analysis.logit_lens import direction_logits
 from mxd_lens.analysis.statistics import ExpertStatistics, expert_statistics
 from mxd_lens.architectures.base import expert_ids
-from mxd_lens.hooks.replace import check_fits, hook_names
+from mxd_lens.hooks.site import check_fits, hook_names
 from mxd_lens.models import check_tokens, model_first, ordinary_tokens, special_token_ids
 
 INSTALL = (

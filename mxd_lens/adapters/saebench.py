@@ -41,7 +41,7 @@ from mxd_lens.analysis.decomposition import dense_coefficients, expert_direction
 from mxd_lens.architectures.inputs import EncodedInputs
 from mxd_lens.evals.probing.probing import split
 from mxd_lens.evals.probing.tasks import LabelledTexts
-from mxd_lens.hooks.replace import check_fits, hook_names
+from mxd_lens.hooks.site import check_fits, hook_names
 from mxd_lens.models import block_of, hook_point, hook_point_name
 
 Side = Literal["input", "output"]

@@ -29,7 +29,7 @@ from mxd_lens.analysis.logit_lens import Norm, read_norm
 from mxd_lens.analysis.prompt import one_prompt
 from mxd_lens.architectures.base import expert_ids
 from mxd_lens.artifacts.tables import Cell, Tabular
-from mxd_lens.hooks.replace import check_trained_on, hook_names
+from mxd_lens.hooks.site import check_trained_on, hook_names
 from mxd_lens.models import hook_point_name, model_first
 
 if TYPE_CHECKING:

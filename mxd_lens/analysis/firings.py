@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mxd_lens.analysis.decomposition import Parts, decompose
 from mxd_lens.analysis.sequences import Batch, Text, batch_of, token_batches, token_sequences_of
-from mxd_lens.hooks.replace import check_trained_on, hook_names
-from mxd_lens.models import equivalent_hook_names, hook_point_name, model_first
+from mxd_lens.hooks.site import check_trained_on, hook_names
+from mxd_lens.models import attached_layer, hook_point_name, model_first
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -258,9 +258,8 @@ def input_hook(model: Any, sae: SAE[Any]) -> str:
     Raises:
         ValueError: the model has no such hook point.
     """
-    name, _ = hook_names(sae)
-    for candidate in equivalent_hook_names(name):
-        # An ordinary SAE that is attached stands in the place of the hook point it reads.
-        if model.hook_dict.get(f"{candidate}.hook_sae_input") is sae.hook_sae_input:
-            return f"{candidate}.hook_sae_input"
-    return hook_point_name(model, name)
+    name = hook_point_name(model, hook_names(sae)[0])
+    attached = attached_layer(model, name)
+    if attached is not None:  # an SAE that is attached takes the place of the hook point it reads
+        return f"{name}.hook_sae_input" if attached is sae else f"{name}.hook_sae_output"
+    return name

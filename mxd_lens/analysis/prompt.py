@@ -14,7 +14,7 @@ from mxd_lens.analysis.decomposition import decompose
 from mxd_lens.analysis.firings import check_finite, layer_input
 from mxd_lens.analysis.sequences import counted_tokens
 from mxd_lens.artifacts.tables import Cell, Tabular, percent
-from mxd_lens.hooks.replace import hook_names
+from mxd_lens.hooks.site import hook_names
 from mxd_lens.models import model_first
 
 if TYPE_CHECKING:

@@ -426,7 +426,7 @@ def mixture_width(sae: SAE[Any]) -> int:
 def expert_statistics(
     model: Any,
     sae: SAE[Any],
-    text: Text,
+    tokens: Text,
     batch_size: int = 8,
     watched: Iterable[int] | Int[Tensor, " n"] = (),
     progress: bool = True,
@@ -438,7 +438,7 @@ def expert_statistics(
     Args:
         model: any hooked model; it runs up to the layer's MLP and no further.
         sae: the layer; its metadata says where it belongs. It may be attached or not.
-        text: a string, strings, or token ids with one sequence per row. Tokens that the layer's training
+        tokens: token ids with one sequence per row, a string, or strings. Tokens that the layer's training
             excluded are left out.
         batch_size: sequences in a forward pass. It does not change the numbers, beyond rounding.
         watched: experts of which it is counted with which others they fire, for `coactivation`; costs a
@@ -447,11 +447,11 @@ def expert_statistics(
 
     Raises:
         IndexError, TypeError: a watched expert does not exist.
-        ValueError: the layer does not belong to the model, activations are NaN or infinite, or `text` is
-            empty.
+        ValueError: the layer does not belong to the model, activations are NaN or infinite, or there is
+            no text.
     """
     statistics = ExpertStatistics.of(sae, watched)
-    for reading in read(model, {"": sae}, text, batch_size, progress):
+    for reading in read(model, {"": sae}, tokens, batch_size, progress):
         statistics.add_parts(reading[""].parts)
     return statistics
 
@@ -461,7 +461,7 @@ def expert_statistics(
 def share_along(
     model: Any,
     sae: SAE[Any],
-    text: Text,
+    tokens: Text,
     directions: Float[Tensor, "d_sae d_out"],
     batch_size: int = 8,
     progress: bool = True,
@@ -474,7 +474,7 @@ def share_along(
     transcoder's feature. It needs the directions beforehand, and so a second pass over the text.
 
     Args:
-        model, sae, text, batch_size, progress: as for `expert_statistics`.
+        model, sae, tokens, batch_size, progress: as for `expert_statistics`.
         directions: one row per expert, of any length; that of an expert that never fires is not used.
 
     Returns:
@@ -489,7 +489,7 @@ def share_along(
         )
     unit = F.normalize(directions.to(sae.W_dec), dim=-1)
     along, whole = torch.zeros(2, len(unit), dtype=torch.float64, device=unit.device)
-    for reading in read(model, {"": sae}, text, batch_size, progress):
+    for reading in read(model, {"": sae}, tokens, batch_size, progress):
         for _, n, a, u in reading[""].parts.contributions():
             written = a[:, None] * u
             along.index_add_(0, n, (written * unit[n]).sum(-1).double() ** 2)

@@ -1,6 +1,8 @@
 """The architectures, registered with SAELens when this module is imported."""
 
+from mxd_lens.architectures.affine_mxd import *
 from mxd_lens.architectures.base import ARCHITECTURES, PairedTranscoder, register_architecture
+from mxd_lens.architectures.molt import *
 from mxd_lens.architectures.mxd import *
 from mxd_lens.architectures.released import JumpReLUSkipTranscoder, SkipTranscoder
 from mxd_lens.architectures.skip_mxd import *

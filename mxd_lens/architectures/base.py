@@ -31,6 +31,7 @@ same holds for the experts' weights. Its matched size needs nothing: `PairedTran
 counts the parameters of the layer.
 """
 
+import operator
 import reprlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -177,17 +178,17 @@ def expert_ids(layer: SAE[Any], experts: int | Iterable[int] | Int[Tensor, " n"]
     device, d_sae = layer.W_dec.device, layer.cfg.d_sae
     if experts is None:
         return torch.arange(d_sae, device=device)
-    try:
-        is_one = isinstance(experts, Tensor | str) or not isinstance(experts, Iterable)
-        listed = experts if is_one else list(experts)
-        if not is_one and any(isinstance(n, bool) for n in listed):
-            raise TypeError("a truth value")
-        given = torch.as_tensor(listed)
-    except (TypeError, ValueError, RuntimeError):
-        given = None
-    if given is None or (given.numel() and (given.is_floating_point() or given.dtype == torch.bool)):
-        raise TypeError(f"an expert is named by an integer, got {reprlib.repr(experts)}.")
-    ids = given.to(device, torch.long).reshape(-1)
+    if not isinstance(experts, Tensor):
+        experts = (
+            list(experts) if isinstance(experts, Iterable) and not isinstance(experts, str) else [experts]
+        )
+        for n in experts:
+            if isinstance(n, bool) or not hasattr(n, "__index__"):
+                raise TypeError(f"an expert is named by an integer, got {reprlib.repr(n)}.")
+        experts = torch.tensor([operator.index(n) for n in experts], dtype=torch.long)
+    if experts.is_floating_point() or experts.dtype == torch.bool:
+        raise TypeError(f"an expert is named by an integer, got a tensor of {experts.dtype}.")
+    ids = experts.to(device, torch.long).reshape(-1)
     outside = ids[(ids < 0) | (ids >= d_sae)]
     if len(outside):
         raise IndexError(f"expert {int(outside[0])} does not exist: there are {d_sae}, from 0.")

@@ -259,7 +259,7 @@ def load_ablations(path: str | Path) -> dict[str, AblationReport]:
 def ablation_study(
     model: Any,
     saes: Mapping[str, SAE[Any]],
-    text: Text,
+    tokens: Text,
     ablated_sequences: int = 32,
     batch_size: int = 8,
     min_fired: int = 10,
@@ -275,8 +275,8 @@ def ablation_study(
     Args:
         model: any hooked model with a tokenizer.
         saes: the layers by name.
-        text: a string, strings, or token ids with one sequence per row. Use text that the layers were not
-            trained on.
+        tokens: token ids with one sequence per row, a string, or strings. Use text that the layers were
+            not trained on.
         ablated_sequences: how many of the sequences, from the first, the ablations run on: some twenty runs
             of the language model per layer. Which experts fire is read from all.
         batch_size: sequences in a forward pass. It does not change the numbers.
@@ -290,7 +290,7 @@ def ablation_study(
     """
     if ablated_sequences < 1:
         raise ValueError(f"ablated_sequences must be at least 1, got {ablated_sequences}.")
-    sequences = token_sequences_of(model, next(iter(saes.values())), text)
+    sequences = token_sequences_of(model, next(iter(saes.values())), tokens)
     ablated = sequences[:ablated_sequences]
     targets = {name: Target.of(model, sae) for name, sae in saes.items()}
     reports = evaluate_all(model, saes, ablated, batch_size, progress, text_name)

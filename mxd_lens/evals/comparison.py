@@ -23,12 +23,13 @@ from tqdm.auto import tqdm
 from mxd_lens.analysis.decomposition import Parts, decompose
 from mxd_lens.analysis.firings import read
 from mxd_lens.analysis.prompt import one_prompt
-from mxd_lens.analysis.sequences import Text, batch_of
+from mxd_lens.analysis.sequences import Text, batch_of, token_sequences_of
 from mxd_lens.analysis.token_text import token_texts, vocabulary_text
 from mxd_lens.artifacts.tables import Cell, Tabular
 from mxd_lens.evals.harness import Forward, Target, layer_output, zero
-from mxd_lens.hooks.replace import Replacement, check_fits, hook_names, paired_hooks
-from mxd_lens.models import attached_layer, equivalent_hook_names, model_first
+from mxd_lens.hooks.replace import Replacement, paired_hooks
+from mxd_lens.hooks.site import check_fits, hook_names
+from mxd_lens.models import attached_layer, hook_point_name, model_first
 
 PARTS = ("experts", "mean gate", "skip", "bias", "missing")
 """Of the MLP's output, in this order in `Decomposition.shares`."""
@@ -123,7 +124,7 @@ class Comparison(Tabular):
     layers: list[Decomposition]
     """In the order given."""
     n_mean_tokens: int | None
-    """Tokens over which the experts' mean was taken; None: the prompt's own."""
+    """Tokens of the text over which the experts' mean was taken; None: the prompt's own."""
 
     @property
     def title(self) -> str:
@@ -231,9 +232,8 @@ def compare(
         )[0]
         bar.update()
         zero_ablated = predictions(logits(first, zero))
-        means, n_mean_tokens = (
-            (None, None) if text is None else _means(model, layers, text, batch_size, progress)
-        )
+        sequences = None if text is None else token_sequences_of(model, next(iter(layers.values())), text)
+        means = None if sequences is None else _means(model, layers, sequences, batch_size, progress)
         decompositions = []
         for name, sae in layers.items():
             target, (x, y) = targets[name], seen[name]
@@ -257,7 +257,7 @@ def compare(
         unmodified=everywhere[1],
         zero_ablated=zero_ablated,
         layers=decompositions,
-        n_mean_tokens=n_mean_tokens,
+        n_mean_tokens=None if sequences is None else sum(map(len, sequences)),
     )
 
 
@@ -274,7 +274,7 @@ def _one_mlp(model: Any, layers: Mapping[str, SAE[Any]]) -> str:
                 f"A layer is attached at {names[name]}: compare with what the MLP itself writes."
             )
     first = next(iter(names.values()))
-    if any(first not in equivalent_hook_names(other) for other in names.values()):
+    if len({hook_point_name(model, name) for name in names.values()}) > 1:
         told = ", ".join(f"{name} at {where}" for name, where in names.items())
         raise ValueError(f"These layers are not of one MLP; they write: {told}.")
     return first
@@ -290,8 +290,8 @@ def _recorder(seen: dict[str, tuple[Tensor, Tensor]], name: str) -> Replacement:
 
 def _means(
     model: Any, layers: Mapping[str, SAE[Any]], text: Text, batch_size: int, progress: bool
-) -> tuple[dict[str, Float[Tensor, " m"]], int]:
-    """The mean mixture of each layer over a text, and over how many tokens (of the layer with most)."""
+) -> dict[str, Float[Tensor, " m"]]:
+    """The mean mixture of each layer over the tokens of a text that its training did not exclude."""
     sums: dict[str, Tensor] = {}
     n_tokens = dict.fromkeys(layers, 0)
     for readings in read(model, layers, text, batch_size, progress, "Reading means"):
@@ -300,8 +300,7 @@ def _means(
             n_tokens[name] += len(reading.parts)
     if not all(n_tokens.values()):
         raise ValueError("The text for the mean has no tokens but special ones, which are excluded.")
-    means = {name: (total / n_tokens[name]).to(layers[name].b_dec) for name, total in sums.items()}
-    return means, max(n_tokens.values())
+    return {name: (total / n_tokens[name]).to(layers[name].b_dec) for name, total in sums.items()}
 
 
 def _decompose(

@@ -191,7 +191,7 @@ class FaithfulnessReport(Tabular):
 def evaluate(
     model: Any,
     sae: SAE[Any],
-    text: Text,
+    tokens: Text,
     batch_size: int = 8,
     progress: bool = True,
     text_name: str = "",
@@ -212,8 +212,8 @@ def evaluate(
     Args:
         model: any hooked model.
         sae: the layer; its metadata says where it belongs.
-        text: a string, strings, or token ids with one sequence per row and BOS where the training had it.
-            Use text that the layer was not trained on.
+        tokens: token ids with one sequence per row and BOS where the training had it, a string, or
+            strings. Use text that the layer was not trained on.
         batch_size: sequences in a forward pass. It does not change the numbers.
         progress: whether to show a progress bar.
         text_name: what the text is called, for the report.
@@ -223,7 +223,7 @@ def evaluate(
             evaluate on, or activations are NaN or infinite.
         TypeError: the text is neither text nor token ids.
     """
-    (report,) = evaluate_all(model, {"": sae}, text, batch_size, progress, text_name).values()
+    (report,) = evaluate_all(model, {"": sae}, tokens, batch_size, progress, text_name).values()
     return report
 
 
@@ -232,7 +232,7 @@ def evaluate(
 def evaluate_all(
     model: Any,
     saes: Mapping[str, SAE[Any]],
-    text: Text,
+    tokens: Text,
     batch_size: int = 8,
     progress: bool = True,
     text_name: str = "",
@@ -242,7 +242,7 @@ def evaluate_all(
     The unmodified model runs once for all of them, the zero-ablated one once for each MLP.
 
     Args:
-        model, text, batch_size, progress, text_name: as for `evaluate`.
+        model, tokens, batch_size, progress, text_name: as for `evaluate`.
         saes: the layers by name.
 
     Returns:
@@ -251,7 +251,7 @@ def evaluate_all(
     Raises:
         ValueError, TypeError: as `evaluate`.
     """
-    sequences = token_sequences_of(model, next(iter(saes.values())), text)
+    sequences = token_sequences_of(model, next(iter(saes.values())), tokens)
     layers = {name: LayerScores(sae, Target.of(model, sae)) for name, sae in saes.items()}
     # An SAE and a transcoder of one MLP write at one hook, and share what does not depend on them.
     targets = {layer.target.output: layer.target for layer in layers.values()}

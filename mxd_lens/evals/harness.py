@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from mxd_lens.analysis.decomposition import Parts, decompose
 from mxd_lens.analysis.firings import check_finite
 from mxd_lens.analysis.sequences import Batch
-from mxd_lens.hooks.replace import Hook, Replacement, check_fits, hook_names, paired_hooks
+from mxd_lens.hooks.replace import Hook, Replacement, paired_hooks
+from mxd_lens.hooks.site import check_fits, hook_names
 from mxd_lens.models import ordinary_tokens, special_token_ids
 
 

@@ -74,18 +74,18 @@ class Usage(NamedTuple):
         return torch.sparse_coo_tensor(at, ones, shape, check_invariants=False).coalesce()
 
 
-def read_usage(model: Any, sae: SAE[Any], text: Text, batch_size: int = 8, progress: bool = True) -> Usage:
+def read_usage(model: Any, sae: SAE[Any], tokens: Text, batch_size: int = 8, progress: bool = True) -> Usage:
     """How a layer's experts are used on a text, and where they fire.
 
     Args:
-        model, sae, text, batch_size, progress: as for `expert_statistics`.
+        model, sae, tokens, batch_size, progress: as for `expert_statistics`.
 
     Raises:
         ValueError, TypeError: as `expert_statistics`.
     """
     statistics = ExpertStatistics.of(sae)
     found = []
-    for reading in read(model, {"": sae}, text, batch_size, progress):
+    for reading in read(model, {"": sae}, tokens, batch_size, progress):
         found.append(reading[""].firings)
         statistics.add_parts(reading[""].parts)
     return Usage(statistics, Firings.join(found))
@@ -217,7 +217,7 @@ class Stability:
 def stability(
     model: Any,
     layers: Mapping[str, SAE[Any]],
-    text: Text,
+    tokens: Text,
     batch_size: int = 8,
     exact: int = EXACT,
     progress: bool = True,
@@ -225,7 +225,7 @@ def stability(
     """Compare the experts of layers that were trained alike from several seeds, every pair of them.
 
     Args:
-        model, text, batch_size, progress: as for `evaluate`. Co-activation wants some ten thousand tokens.
+        model, tokens, batch_size, progress: as for `evaluate`. Co-activation wants some ten thousand tokens.
         layers: the layers by name; two or more, of one MLP.
         exact: up to how many experts the best matching is found, in time that grows as their cube.
 
@@ -244,7 +244,7 @@ def stability(
     }
     if len(places) > 1:
         raise ValueError(f"Only layers of one MLP have experts in common; these are of {sorted(places)}.")
-    usages = {name: read_usage(model, sae, text, batch_size, progress) for name, sae in layers.items()}
+    usages = {name: read_usage(model, sae, tokens, batch_size, progress) for name, sae in layers.items()}
     pairs = list(combinations(usages.values(), 2))
     results: dict[str, list[dict[str, float]]] = {by: [] for by in SIMILARITIES}
     for one, other in tqdm(pairs, desc="Matching experts", disable=not progress):

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_layers import sizes_of
 
 from mxd_lens import MxD, MxDConfig, SkipMxD, TopKTranscoder, TopKTranscoderConfig, matched_n_experts
 from mxd_lens.architectures import ARCHITECTURES
@@ -15,7 +16,7 @@ WIDTHS: dict[str, Any] = {"d_in": 6, "d_out": 5, "d_sae": 24, "k": 4, "dtype": "
 
 
 def settings_of(name: str) -> dict[str, Any]:
-    return WIDTHS | ({"d_hidden": 7} if "d_hidden" in ARCHITECTURES[name].config.__dataclass_fields__ else {})
+    return WIDTHS | sizes_of(ARCHITECTURES[name].config)
 
 
 def random_layer(name: str, **changes: Any) -> Any:
@@ -113,7 +114,7 @@ def test_a_layer_that_computes_something_else_does_not_inherit_what_its_parent_s
 
     squared = Squared(MxDConfig(**settings_of("mxd")))
     assert squared.formula() == []
-    assert squared.expert_weight(0).shape == (7, 5)  # still D diag(c_n), of another z
+    assert squared.expert_weight(0).shape == (6, 5)  # still D diag(c_n), of another z
     cosine = Cosine(TopKTranscoderConfig(**WIDTHS))
     assert cosine.formula() == []
     with pytest.raises(NotImplementedError, match="define expert_weight"):

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from mxd_lens import MxD, TopKTranscoder, build_dashboard, expert_statistics
 from mxd_lens.analysis.card import expert_card
-from mxd_lens.cli import app, integers
+from mxd_lens.cli import app
 from mxd_lens.dashboards.collect.data import CollectionConfig, DashboardData, Excerpt
 from mxd_lens.dashboards.render import (
     ascii_literal,
@@ -432,24 +432,18 @@ def test_the_command(tiny_folder, words, tmp_path):
     layer.save_model(tmp_path / "layer")
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(words))
-    arguments = ["dashboard", str(tmp_path / "layer"), str(tmp_path / "d"), "--text", str(text)]
-    arguments += ["--sequences", "4", "--no-loss-effects", "--experts"]
-    result = CliRunner().invoke(app, [*arguments, "3,5-7"])
+    arguments = ["dashboard", str(tmp_path / "layer"), "--text", str(text), "--sequences", "4"]
+    arguments += ["--no-loss-effects", "--experts"]
+    result = CliRunner().invoke(app, [*arguments, "3,5-7", "--output", str(tmp_path / "d")])
     assert result.exit_code == 0, result.output
     assert str(tmp_path / "d" / "index.html") in result.output.replace("\n", "")
     pages = {p.name for p in (tmp_path / "d" / "experts").iterdir()}
     assert pages == {f"expert-{n}.html" for n in (3, 5, 6, 7)}
     page = (tmp_path / "d" / "experts" / "expert-3.html").read_text()
     assert ascii_literal(str(tmp_path / "layer")) in unescape(page)
-    result = CliRunner().invoke(app, [*arguments[:2], str(tmp_path / "e"), *arguments[3:], "4000"])
-    assert result.exit_code == 1
-    assert "expert 4000 does not exist" in result.output
-
-
-def test_integers():
-    assert integers("1,4-6,2-2") == [1, 4, 5, 6, 2]
-    with pytest.raises(ValueError, match="separated by commas"):
-        integers("1,b")
+    result = CliRunner().invoke(app, [*arguments, "4000", "--output", str(tmp_path / "e")])
+    assert result.exit_code == 2
+    assert "there is no expert 4000" in result.output
 
 
 # In a notebook

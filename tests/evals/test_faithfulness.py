@@ -259,7 +259,7 @@ def test_a_long_string_is_cut_into_sequences_of_the_training(tiny_model):
 @pytest.mark.parametrize("at", [HOOK_IN, HOOK_OUT])
 def test_activations_that_are_not_finite_are_refused(at, tiny_model, tokens):
     def overflow(activation, hook):
-        activation[0, 3] = torch.inf
+        activation[0, 3:4] = torch.inf
         return activation
 
     tiny_model.add_hook(at, overflow)

@@ -32,6 +32,9 @@ class CosineMixture(TopKTranscoder):
     def expert_input(self, x: torch.Tensor) -> torch.Tensor:
         return x.cos()
 
+    def expert_weight(self, n: int) -> torch.Tensor:
+        return torch.diag(self.W_dec[self.check_expert(n)])
+
 
 OURS = {
     "mxd": (MxD, MxDConfig, {"d_hidden": 24}),
