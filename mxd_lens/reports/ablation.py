@@ -119,9 +119,9 @@ def verdict(report: AblationReport) -> str:
     )
     return (
         f"The experts explain {percent(report.explained_by_experts)} of the error that the best constant "
-        f"in their place leaves ({report.normalized_mse_best_constant_gate:.3f}). {alone} The token determines "
-        f"{percent(token.firing)} of which experts fire, and {percent(token.lookups)} of the experts are "
-        "token lookups."
+        f"in their place leaves ({report.normalized_mse_best_constant_gate:.3f}). {alone} The token "
+        f"determines {percent(token.firing)} of which experts fire, and {percent(token.lookups)} of the "
+        "experts are token lookups."
     )
 
 
