@@ -83,9 +83,8 @@ class Firings(NamedTuple):
             batch._replace(token_of=batch.token_of + start)
             for batch, start in zip(found, first, strict=False)
         ]
-        return cls(
-            found[0].n_experts, *(torch.cat(part) for part in zip(*(b[1:] for b in shifted), strict=True))
-        )
+        columns = [torch.cat(part) for part in zip(*(batch[1:] for batch in shifted), strict=True)]
+        return cls(**dict(zip(cls._fields, [found[0].n_experts, *columns], strict=True)))
 
 
 class Reading(NamedTuple):
