@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mxd_lens.analysis.decomposition import take_apart
+from mxd_lens.artifacts.files import write_json
 from mxd_lens.artifacts.tables import Cell, Tabular, percent
 from mxd_lens.evals.faithfulness import FaithfulnessReport, Judged, Place, Run, RunAt, evaluate_all, share
 from mxd_lens.evals.stability import Stability
@@ -37,7 +38,6 @@ from mxd_lens.evals.token_dependence import (
     token_information,
 )
 from mxd_lens.hooks.replace import Replacement, check_fits
-from mxd_lens.training.runner import write_json
 
 # Gates and ablations
 

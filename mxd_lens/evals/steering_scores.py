@@ -18,11 +18,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mxd_lens.analysis.decomposition import expert_ids, take_apart
+from mxd_lens.artifacts.files import write_json
 from mxd_lens.artifacts.tables import Cell, Tabular
 from mxd_lens.evals.judges import Judge, LocalJudge
 from mxd_lens.evals.steering import Sampling, compare, measure, perplexity, written
 from mxd_lens.hooks.steer import Mode, expert_id
-from mxd_lens.training.runner import then_and_now, write_json
+from mxd_lens.training.runner import then_and_now
 
 SCORES_FILENAME = "steering_scores.json"
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import WORDS
 from safetensors.torch import load_file
-from test_store import run_config
+from small_runs import run_config
 from torch import Tensor
 
 from mxd_lens import TranscoderTrainingRunner
@@ -79,8 +79,8 @@ def assert_same_run(folder: Path, uninterrupted: Path) -> None:
 
 TRAIN = """
 import json, os, signal, sys, time
-sys.path.insert(0, sys.argv[1])
-from test_store import run_config
+sys.path[:0] = sys.argv[1].split(os.pathsep)
+from small_runs import run_config
 from mxd_lens import TranscoderTrainingRunner
 
 runner = TranscoderTrainingRunner(run_config(**json.loads(sys.argv[2])))
@@ -111,7 +111,7 @@ def train_and_kill(folder: Path, model: Path, after: float | None) -> None:
     """
     settings = json.dumps(settings_of(folder, model))
     how = "to death" if after is None else "slowly"
-    command = [sys.executable, "-c", TRAIN, str(Path(__file__).parent), settings, how]
+    command = [sys.executable, "-c", TRAIN, os.pathsep.join(sys.path), settings, how]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120
         while after is not None and not complete_checkpoints(folder / "run" / "checkpoints"):
@@ -306,7 +306,7 @@ def test_what_is_no_checkpoint(folder: Path, stopped: Path, make: Callable[..., 
 
 @pytest.mark.parametrize(
     "name",
-    [WEIGHTS, "trainer_state.pt", "activations_store_state.safetensors", "runner_cfg.json", "history.json"],
+    [WEIGHTS, "trainer_state.pt", "activations_store_state.safetensors", "identity.json", "history.json"],
 )
 def test_a_damaged_checkpoint(stopped: Path, make: Callable[..., Any], name: str) -> None:
     damaged = (stopped / "912" / name).read_bytes()[:-20]

@@ -15,32 +15,14 @@ from sae_lens import HookedSAETransformer
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 from sae_lens.training.mixing_buffer import mixing_buffer
+from small_runs import CONTEXT, run_config
 from torch import Tensor
 
-from mxd_lens import PairedActivationsStore, TrainingMxDConfig, TranscoderRunnerConfig, load_model
+from mxd_lens import PairedActivationsStore, load_model
 from mxd_lens.training.activations import MixingBuffer
 
 BOS, EOS, UNK = 1, 2, 0
-CONTEXT = 8
 IN_ORDER = {"activations_mixing_fraction": 0.0}
-
-
-def run_config(
-    widths: tuple[int, int] = (D_MODEL, D_MODEL), sae: dict[str, Any] | None = None, **changes: Any
-) -> TranscoderRunnerConfig:
-    """A run of ten steps on the tiny model; `sae` changes the layer's settings, `changes` the run's."""
-    settings = {
-        "hook_name": HOOK_IN,
-        "hook_name_out": HOOK_OUT,
-        "context_size": CONTEXT,
-        "store_batch_size_prompts": 4,
-        "n_batches_in_buffer": 8,
-        "train_batch_size_tokens": 16,
-        "training_tokens": 160,
-        "output_path": None,
-    } | changes
-    layer = {"d_in": widths[0], "d_out": widths[1], "d_sae": 24, "d_hidden": 8, "k": 3} | (sae or {})
-    return TranscoderRunnerConfig(sae=TrainingMxDConfig(**layer), **settings)
 
 
 def store_of(model: Any, texts: list[str], **changes: Any) -> PairedActivationsStore:
