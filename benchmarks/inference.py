@@ -24,7 +24,8 @@ from sae_lens.saes.sae import SAEMetadata
 from benchmarks.train_step import Setting, machine
 from mxd_lens import MxD, MxDConfig, load_model, matched_n_experts, replacement_hooks
 from mxd_lens.evals.faithfulness import decompose
-from mxd_lens.hooks.replace import hook_names, paired_hooks
+from mxd_lens.hooks.replace import paired_hooks
+from mxd_lens.hooks.site import hook_names
 from mxd_lens.models import SMOLLM2
 
 CONTEXT = 128

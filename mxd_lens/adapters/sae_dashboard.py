@@ -45,7 +45,7 @@ from mxd_lens.analysis.decomposition import (
 )
 from mxd_lens.analysis.statistics import ExpertStatistics, expert_statistics
 from mxd_lens.analysis.weights import direction_logits
-from mxd_lens.hooks.replace import check_fits, hook_names
+from mxd_lens.hooks.site import check_fits, hook_names
 from mxd_lens.models import special_token_ids
 
 INSTALL = (

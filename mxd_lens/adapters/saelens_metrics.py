@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 
 from mxd_lens.analysis.decomposition import encode_to_read
 from mxd_lens.evals.faithfulness import Place, Run, share
-from mxd_lens.hooks.replace import check_fits, paired_hooks
+from mxd_lens.hooks.replace import paired_hooks
+from mxd_lens.hooks.site import check_fits
 
 
 class SaeLensMetrics(NamedTuple):

@@ -26,7 +26,7 @@ from torch import Tensor
 from mxd_lens.analysis.decomposition import expert_ids, input_hook, one_prompt, take_apart
 from mxd_lens.analysis.weights import Norm, read_norm
 from mxd_lens.artifacts.tables import Cell, Tabular
-from mxd_lens.hooks.replace import check_trained_on, hook_names
+from mxd_lens.hooks.site import check_trained_on, hook_names
 from mxd_lens.models import hook_point_name
 
 if TYPE_CHECKING:

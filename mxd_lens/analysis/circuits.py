@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mxd_lens.analysis.attribution import Effect, block_of, read_stream
 from mxd_lens.artifacts.tables import Cell, Tabular, percent
-from mxd_lens.hooks.replace import hook_names
+from mxd_lens.hooks.site import hook_names
 
 BEAM = 512
 """Unfinished paths kept at every step back."""

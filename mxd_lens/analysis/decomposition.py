@@ -21,8 +21,8 @@ from tqdm.auto import tqdm
 from mxd_lens.architectures.base import PairedTranscoder
 from mxd_lens.architectures.inputs import EncodedInputs
 from mxd_lens.artifacts.tables import Cell, Tabular, percent
-from mxd_lens.hooks.replace import check_trained_on, hook_names
-from mxd_lens.models import equivalent_hook_names, hook_point_name, special_token_ids
+from mxd_lens.hooks.site import check_trained_on, hook_names
+from mxd_lens.models import attached_layer, hook_point_name, special_token_ids
 
 if TYPE_CHECKING:
     import pandas
@@ -303,12 +303,11 @@ def input_hook(sae: SAE[Any], model: Any) -> str:
     Raises:
         ValueError: the model has no such hook point.
     """
-    name, _ = hook_names(sae)
-    for candidate in equivalent_hook_names(name):
-        # An ordinary SAE that is attached stands in the place of the hook point it reads.
-        if model.hook_dict.get(f"{candidate}.hook_sae_input") is sae.hook_sae_input:
-            return f"{candidate}.hook_sae_input"
-    return hook_point_name(model, name)
+    name = hook_point_name(model, hook_names(sae)[0])
+    attached = attached_layer(model, name)
+    if attached is not None:  # an SAE that is attached takes the place of the hook point it reads
+        return f"{name}.hook_sae_input" if attached is sae else f"{name}.hook_sae_output"
+    return name
 
 
 # What fires on a prompt

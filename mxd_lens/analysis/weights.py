@@ -20,7 +20,7 @@ from mxd_lens.analysis.decomposition import expert_directions, expert_ids
 from mxd_lens.analysis.statistics import ExpertStatistics
 from mxd_lens.architectures.base import PairedTranscoder
 from mxd_lens.artifacts.tables import Cell, Tabular
-from mxd_lens.hooks.replace import hook_names
+from mxd_lens.hooks.site import hook_names
 
 BLOCK = 256
 """Experts compared at once, each with all others."""

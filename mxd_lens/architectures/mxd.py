@@ -37,6 +37,7 @@ __all__ = [
 ]
 
 HIDDEN_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda x: x,
     "relu": torch.relu,
     "gelu": F.gelu,
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -52,7 +53,7 @@ class MxDConfig(PairedTranscoderConfig):
     d_hidden: int
     """Width of the decoder branch z; the paper's is that of the base MLP, 4 * d_in."""
     hidden_activation: str = "gelu"
-    """phi: relu, gelu, gelu_pytorch_tanh, sigmoid or silu."""
+    """phi: relu, gelu, gelu_pytorch_tanh, sigmoid or silu; or identity, a branch that is linear in x."""
     gated: bool = False
     """Whether z is a gated linear unit."""
 

@@ -37,7 +37,8 @@ from mxd_lens.evals.token_dependence import (
     read_firings,
     token_information,
 )
-from mxd_lens.hooks.replace import Replacement, check_fits
+from mxd_lens.hooks.replace import Replacement
+from mxd_lens.hooks.site import check_fits
 
 # Gates and ablations
 

@@ -24,8 +24,9 @@ from mxd_lens.analysis.decomposition import Parts, kept_inputs, one_prompt, take
 from mxd_lens.analysis.token_text import token_texts, vocabulary_text
 from mxd_lens.artifacts.tables import Cell, Tabular
 from mxd_lens.evals.faithfulness import Place, Run, RunAt
-from mxd_lens.hooks.replace import Replacement, check_fits, hook_names, paired_hooks
-from mxd_lens.models import attached_layer, equivalent_hook_names
+from mxd_lens.hooks.replace import Replacement, paired_hooks
+from mxd_lens.hooks.site import check_fits, hook_names
+from mxd_lens.models import attached_layer, hook_point_name
 
 PARTS = ("experts", "mean gate", "skip", "bias", "missing")
 """Of the MLP's output, in this order in `Decomposition.shares`."""
@@ -265,7 +266,7 @@ def _one_mlp(model: Any, layers: Mapping[str, SAE[Any]]) -> str:
                 f"A layer is attached at {names[name]}: compare with what the MLP itself writes."
             )
     first = next(iter(names.values()))
-    if any(first not in equivalent_hook_names(other) for other in names.values()):
+    if len({hook_point_name(model, name) for name in names.values()}) > 1:
         told = ", ".join(f"{name} at {where}" for name, where in names.items())
         raise ValueError(f"These layers are not of one MLP; they write: {told}.")
     return first

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mxd_lens.analysis.decomposition import Parts, kept_tokens, layer_input, take_apart
-from mxd_lens.hooks.replace import hook_names, paired_hooks
+from mxd_lens.hooks.replace import paired_hooks
+from mxd_lens.hooks.site import hook_names
 
 Losses = Float[Tensor, "sequences positions"]
 

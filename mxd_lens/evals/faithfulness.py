@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 
 from mxd_lens.architectures.base import PairedTranscoder
 from mxd_lens.artifacts.tables import Table, Tabular, decimals
-from mxd_lens.hooks.replace import Hook, Replacement, check_fits, hook_names, paired_hooks
+from mxd_lens.hooks.replace import Hook, Replacement, paired_hooks
+from mxd_lens.hooks.site import check_fits, hook_names
 from mxd_lens.models import special_token_ids
 
 N_LARGEST = 5

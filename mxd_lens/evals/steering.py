@@ -12,7 +12,7 @@ from sae_lens import SAE
 from torch.nn import functional as F
 
 from mxd_lens.artifacts.tables import Tabular
-from mxd_lens.hooks.replace import hook_names
+from mxd_lens.hooks.site import hook_names
 from mxd_lens.hooks.steer import Mode, steer
 
 NGRAM = 3

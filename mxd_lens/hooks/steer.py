@@ -9,25 +9,24 @@ away, so that `run_with_hooks` and `run_with_cache` inside a with block see the 
 import math
 import operator
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+import weakref
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from sae_lens import SAE
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 from typing_extensions import Self
 
-from mxd_lens.hooks.replace import check_fits, hook_names
-from mxd_lens.models import attached_layer, block_of, hook_point, model_first, past_length
+from mxd_lens.hooks.positions import Pass, Positions, Where
+from mxd_lens.hooks.replace import Replaced
+from mxd_lens.hooks.site import check_fits, hook_names
+from mxd_lens.models import block_of, hook_point_name, model_first, module_at, past_length
 
 Mode = Literal["add", "set", "scale"]
-PositionFilter = Callable[[Int[Tensor, " positions"]], Bool[Tensor, "*sequences positions"]]
-Positions = int | slice | Sequence[int] | Tensor | PositionFilter | None
 Coefficient = float | Float[Tensor, "*sequences positions"]
 
 
@@ -156,28 +155,6 @@ def expert_id(sae: SAE[Any], n: Any) -> int:
 
 
 @dataclass(frozen=True)
-class Pass:
-    """A forward pass through a block: it sees positions past, ..., past + n - 1 of its sequences."""
-
-    past: int | None
-    """None where it cannot be known."""
-
-    def positions(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> range:
-        """The positions in the sequence of the activations' second dimension.
-
-        Raises:
-            ValueError: they are not known.
-        """
-        if self.past is None or feature_acts.ndim != 3:
-            raise ValueError(
-                f"the positions of activations of shape {tuple(feature_acts.shape)} cannot be known here"
-                + (", with this key-value cache: run without it" if self.past is None else "")
-                + ", or intervene everywhere, with positions=None and a number as coefficient."
-            )
-        return range(self.past, self.past + feature_acts.shape[1])
-
-
-@dataclass(frozen=True)
 class Edit:
     """What happens to the coefficients of some experts."""
 
@@ -233,101 +210,6 @@ class Edit:
         return edited
 
 
-class Where:
-    """At which positions an intervention acts: see `steer`."""
-
-    last = -1
-    """The last position asked for by its number; -1 if there is none."""
-
-    def __init__(self, positions: Positions) -> None:
-        self._mask_of: Callable[[range], Tensor] | None
-        if positions is None:
-            self._mask_of = None
-        elif isinstance(positions, slice):
-            self._mask_of = partial(positions_in_slice, positions)
-        elif callable(positions) and not isinstance(positions, Tensor):
-            self._mask_of = partial(positions_by_function, positions)
-        elif isinstance(positions, Tensor) and positions.dtype == torch.bool:
-            if positions.ndim not in (1, 2):
-                raise ValueError(
-                    f"a mask of positions is [positions] or [sequences, positions], got "
-                    f"{tuple(positions.shape)}."
-                )
-            self._mask_of = partial(positions_in_mask, positions)
-        else:
-            several = positions.flatten().tolist() if isinstance(positions, Tensor) else positions
-            numbers = [position(p) for p in (several if isinstance(several, Sequence) else [several])]
-            self._mask_of = partial(positions_by_number, numbers)
-            self.last = max(numbers, default=-1)
-
-    def mask(self, now: Pass, feature_acts: Float[Tensor, "*batch d_sae"]) -> Bool[Tensor, "*batch"] | None:
-        """The mask of a forward pass; None: everywhere."""
-        if self._mask_of is None:
-            return None
-        mask, batch = self._mask_of(now.positions(feature_acts)), feature_acts.shape[:-1]
-        try:
-            return mask.to(feature_acts.device).expand(batch)
-        except RuntimeError:
-            raise ValueError(
-                f"a mask of positions of shape {tuple(mask.shape)} does not fit [sequences, positions] = "
-                f"{tuple(batch)}."
-            ) from None
-
-
-def position(p: Any) -> int:
-    """p, if it is an integer."""
-    if not isinstance(p, bool):
-        with suppress(TypeError):
-            return operator.index(p)
-    raise TypeError(
-        f"positions must be None, integers, a slice, a boolean tensor or a function, got {p!r} among them."
-    )
-
-
-def positions_in_mask(given: Tensor, seen: range) -> Tensor:
-    """The part of a mask of the whole sequence that a forward pass sees."""
-    if given.shape[-1] < seen.stop:
-        raise ValueError(
-            f"the mask of positions, {tuple(given.shape)}, ends before the sequence, of {seen.stop} "
-            "positions."
-        )
-    return given[..., seen.start : seen.stop]
-
-
-def positions_by_function(given: PositionFilter, seen: range) -> Tensor:
-    """What a function says about the positions of a forward pass."""
-    mask = given(torch.tensor(seen))
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise ValueError(f"the function of positions must return a boolean tensor, got {mask!r}.")
-    return mask
-
-
-def positions_in_slice(given: slice, seen: range) -> Tensor:
-    """A mask of the positions of a forward pass that lie in a slice of the sequence."""
-    refuse_negative([p for p in (given.start, given.stop) if p is not None], seen)
-    chosen = range(seen.stop)[given]
-    return torch.tensor([p in chosen for p in seen])
-
-
-def positions_by_number(given: list[int], seen: range) -> Tensor:
-    """A mask of the positions of a forward pass that are among some numbers, from the end if negative."""
-    refuse_negative(given, seen)
-    if given and min(given) < -seen.stop:
-        raise ValueError(f"there is no position {min(given)} in a sequence of {seen.stop}.")
-    chosen = {p % seen.stop if p < 0 else p for p in given}
-    return torch.tensor([p in chosen for p in seen])
-
-
-def refuse_negative(positions: list[int], seen: range) -> None:
-    """Raises ValueError where the end of the sequence is not what it was at the first forward pass."""
-    negative = [p for p in positions if p < 0]
-    if negative and seen.start > 0:
-        raise ValueError(
-            f"position {negative[0]} counts from the end of the sequence, which moves when text is "
-            "generated with a key-value cache: give positions from the start."
-        )
-
-
 class Intervention(AbstractContextManager[Any]):
     """An edit of a layer's coefficients in a model, at some positions, while it is entered."""
 
@@ -337,22 +219,26 @@ class Intervention(AbstractContextManager[Any]):
         self.sae = sae
         self.edit = edit
         self.where = where
-        self._entered: list[ExitStack] = []
+        self._entered: list[tuple[object, Place]] = []
         self._reached = 0
 
     def __enter__(self) -> Any:
-        with ExitStack() as stack:
-            place = stack.enter_context(standing_in(self.model, self.sae))
-
-            def hook(_module: nn.Module, _args: Any, feature_acts: Tensor) -> Tensor | None:
-                return None if place.now is None else self._apply(place.now, feature_acts)
-
-            stack.callback(self.sae.hook_sae_acts_post.register_forward_hook(hook).remove)
-            self._entered.append(stack.pop_all())
+        entry = object()
+        try:
+            place = Place.shared(self.model, self.sae)
+            self._entered.append((entry, place))
+            place.guests[entry] = self
+        except BaseException:
+            self._leave(entry)
+            raise
         return self.model
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._entered.pop().close()
+        entry, _place = self._entered[-1]
+        try:
+            self._leave(entry)
+        finally:  # an interrupt may have come while leaving
+            self._leave(entry)
         if self._entered:
             return
         reached, self._reached = self._reached, 0
@@ -362,19 +248,17 @@ class Intervention(AbstractContextManager[Any]):
                 f"sequence had {reached} positions."
             )
 
-    def _apply(self, now: Pass, feature_acts: Float[Tensor, "*batch d_sae"]) -> Tensor:
+    def _leave(self, entry: object) -> None:
+        for its, place in self._entered:
+            if its is entry:
+                place.leave(entry)
+        self._entered = [e for e in self._entered if e[0] is not entry]
+
+    def apply(self, now: Pass, feature_acts: Float[Tensor, "*batch d_sae"]) -> Tensor:
+        """The edited coefficients."""
         if self.where.last >= 0:
             self._reached = max(self._reached, now.positions(feature_acts).stop)
         return self.edit(now, feature_acts, self.where.mask(now, feature_acts))
-
-
-class Running(threading.local):
-    """What is under way in a thread: two models may run one layer at once."""
-
-    now: Pass | None = None
-    """The forward pass through the layer's block, if one is under way."""
-    replacing: tuple[RemovableHandle, ...] = ()
-    """The hooks that put the layer in the MLP's place for that pass, if it is not attached."""
 
 
 class Place:
@@ -382,98 +266,132 @@ class Place:
 
     At every forward pass through its block it is there: attached by SAELens, or put in the MLP's place
     for that pass, so that whatever is attached and detached meanwhile does not matter.
+
+    An interrupt may come at any time. So hooks do nothing unless there is a guest, they do not keep the
+    place alive, and without it they are gone.
     """
 
     def __init__(self, model: Any, sae: SAE[Any]) -> None:
         self.model = model
         self.sae = sae
-        self.hook_in, self.hook_out = hook_names(sae)
-        self.layer, self.block = block_of(model, self.hook_out)
-        if block_of(model, self.hook_in)[1] is not self.block:
+        hook_in, hook_out = hook_names(sae)
+        self.name_out = hook_out
+        self.hook_in, self.hook_out = hook_point_name(model, hook_in), hook_point_name(model, hook_out)
+        self.layer, self.block = block_of(model, hook_out)
+        if block_of(model, hook_in)[1] is not self.block:
             raise ValueError(
-                f"this layer reads at {self.hook_in} and writes at {self.hook_out}: only layers within one "
+                f"this layer reads at {hook_in} and writes at {hook_out}: only layers within one "
                 "block can be intervened on."
             )
-        self._running = Running()
+        self.thread = threading.get_ident()
+        self.guests: dict[object, Intervention] = {}
+        """What intervenes, in the order of entering."""
+        self.now: Pass | None = None
+        """The forward pass through the block, if one is under way."""
+        self._replaced: Replaced | None = None
         self._watching = ExitStack()
-        self.guests = 0
+        weakref.finalize(self, self._watching.close)
 
-    @property
-    def now(self) -> Pass | None:
-        """The forward pass through the block, if one is under way in this thread."""
-        return self._running.now
+    @classmethod
+    def shared(cls, model: Any, sae: SAE[Any]) -> "Place":
+        """The place of a layer in a model, one for all that intervene on it.
 
-    def open(self) -> None:
-        """Begins to watch the block. Raises ValueError if another layer is in this place."""
+        Raises:
+            ValueError: another layer is in this place, or another thread intervenes on the model.
+        """
+        with _lock:
+            place = _places.get((id(model), id(sae)))
+            if place is None:
+                place = cls(model, sae)
+                place._watch()
+                _places[id(model), id(sae)] = place
+            if not place.guests:
+                place.thread = threading.get_ident()
+            place._refuse_another_thread()
+            return place
+
+    def leave(self, entry: object) -> None:
+        """One that intervened leaves; the last takes the layer away."""
+        self.guests.pop(entry, None)
+        if not self.guests:
+            self._end()
+            with _lock:
+                if _places.get((id(self.model), id(self.sae))) is self:
+                    del _places[id(self.model), id(self.sae)]
+            self._watching.close()
+
+    def _watch(self) -> None:
         self._is_attached()
-        output = hook_point(self.model, self.hook_out)
-        for other in _places.values():
-            if other.model is self.model and hook_point(other.model, other.hook_out) is output:
-                raise ValueError(
-                    f"another layer is being intervened on at {self.hook_out}: there is room for one."
-                )
+        for other in list(_places.values()):
+            if other.model is self.model and other.guests:
+                other._refuse_another_thread()
+                if other.hook_out == self.hook_out:
+                    raise ValueError(
+                        f"another layer is being intervened on at {self.name_out}: there is room for one."
+                    )
+        this = weakref.ref(self)
+
+        def begin(_block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if place := this():
+                place._begin([*args, *kwargs.values()])
+
+        def end(*_: Any) -> None:
+            if place := this():
+                place._end()
+
+        def edit(_module: Any, _args: Any, feature_acts: Tensor) -> Tensor | None:
+            place = this()
+            return None if place is None else place._edit(feature_acts)
+
         for handle in (
-            self.block.register_forward_pre_hook(self._begin, with_kwargs=True),
-            self.block.register_forward_hook(self._end, always_call=True),
+            self.block.register_forward_pre_hook(begin, with_kwargs=True),
+            self.block.register_forward_hook(end, always_call=True),
+            self.sae.hook_sae_acts_post.register_forward_hook(edit),
         ):
             self._watching.callback(handle.remove)
 
-    def close(self) -> None:
-        self._watching.close()
+    def _refuse_another_thread(self) -> None:
+        if threading.get_ident() != self.thread:
+            raise ValueError(
+                f"{self.model.cfg.model_name} is being intervened on in another thread: a model has one set "
+                "of hooks, so enter steer or ablate in the thread that runs it, one thread at a time."
+            )
 
     def _is_attached(self) -> bool:
         """Whether SAELens has attached the layer. Raises ValueError if it has attached another."""
-        attached = attached_layer(self.model, self.hook_out)
+        attached = getattr(module_at(self.model, self.hook_out), "sae", None)
         if attached is not None and attached is not self.sae:
             raise ValueError(
-                f"another layer is attached at {self.hook_out}: intervene on that one, or take it away "
+                f"another layer is attached at {self.name_out}: intervene on that one, or take it away "
                 "with model.reset_saes()."
             )
         return attached is not None
 
-    def _begin(self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, block_inputs: list[Any]) -> None:
+        self._end()  # a pass that was interrupted has not ended
+        if not self.guests:
+            return
+        self._refuse_another_thread()
         if not self._is_attached():
-            self._running.replacing = self._replace()
-        self._running.now = Pass(past_length([*args, *kwargs.values()], self.layer))
+            self._replaced = Replaced(self.hook_in, self.hook_out, self._forward)
+            self._replaced.begin(self.model)
+        self.now = Pass(past_length(block_inputs, self.layer))
 
-    def _end(self, *_: Any) -> None:
-        for handle in self._running.replacing:
-            handle.remove()
-        self._running.now, self._running.replacing = None, ()
+    def _end(self) -> None:
+        if self._replaced is not None:
+            self._replaced.end()
+        self.now, self._replaced = None, None
 
-    def _replace(self) -> tuple[RemovableHandle, ...]:
-        """Puts the layer in the MLP's place: after every hook at its input, before those at its output."""
-        captured: list[Tensor] = []
+    def _forward(self, x: Tensor, _y: Tensor) -> Tensor:
+        return self.sae(x.to(self.sae.W_dec.device))
 
-        def capture(_module: nn.Module, _args: Any, x: Tensor) -> None:
-            captured[:] = [x]
-
-        def replace(_module: nn.Module, _args: Any, y: Tensor) -> Tensor:
-            return self.sae(captured.pop() if self.hook_in != self.hook_out else y)
-
-        output = hook_point(self.model, self.hook_out).register_forward_hook(replace, prepend=True)
-        if self.hook_in == self.hook_out:
-            return (output,)
-        return hook_point(self.model, self.hook_in).register_forward_hook(capture), output
+    def _edit(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Tensor | None:
+        if self.now is None or threading.get_ident() != self.thread:
+            return None
+        for intervention in self.guests.values():
+            feature_acts = intervention.apply(self.now, feature_acts)
+        return feature_acts
 
 
-_places: dict[tuple[int, int], Place] = {}
-
-
-@contextmanager
-def standing_in(model: Any, sae: SAE[Any]) -> Iterator[Place]:
-    """A layer in its place: shared by all that intervene on it, and closed by the last to leave."""
-    key = id(model), id(sae)
-    if key not in _places:
-        place = Place(model, sae)
-        place.open()
-        _places[key] = place
-    place = _places[key]
-    place.guests += 1
-    try:
-        yield place
-    finally:
-        place.guests -= 1
-        if place.guests == 0:
-            del _places[key]
-            place.close()
+_places: weakref.WeakValueDictionary[tuple[int, int], Place] = weakref.WeakValueDictionary()
+_lock = threading.RLock()

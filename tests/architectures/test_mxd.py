@@ -43,6 +43,7 @@ def gate_and_hidden(mxd: MxD, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
         for n in sorted(range(N), key=lambda n: -row[n])[: mxd.cfg.k or N]:
             out[n] = max(row[n], 0.0)
     phi = {
+        "identity": lambda u: u,
         "relu": lambda u: u.clamp(min=0),
         "gelu": lambda u: u * 0.5 * (1 + torch.erf(u / 2**0.5)),
         "gelu_pytorch_tanh": lambda u: (
@@ -431,5 +432,6 @@ def test_active_experts_are_those_of_encode(x):
     mxd = random_mxd()
     values, indices = mxd.active_experts(x)
     torch.testing.assert_close(torch.zeros(len(x), N).double().scatter(-1, indices, values), mxd.encode(x))
-    with pytest.raises(ValueError, match="relu sparsity"):
-        random_mxd(k=None).active_experts(x)
+    relu = random_mxd(k=None)
+    values, indices = relu.active_experts(x)
+    torch.testing.assert_close(torch.zeros(len(x), N).double().scatter(-1, indices, values), relu.encode(x))

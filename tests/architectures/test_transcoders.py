@@ -5,6 +5,7 @@ import torch
 from conftest import D_MODEL, HOOK_IN, HOOK_OUT
 from sae_lens import SAE, SkipTranscoder, TrainingSAE, Transcoder
 from sae_lens.saes.sae import SAEMetadata
+from small_layers import sizes_of
 from test_mxd import step_input
 
 import mxd_lens
@@ -17,8 +18,11 @@ KINDS = {
     "TopKTranscoder": {},
     "TopKSkipTranscoder": {},
     "SkipMxD": {"d_hidden": 11},
+    "AffineMxD": {"d_hidden": 11},
+    "AffineSkipMxD": {"d_hidden": 11},
+    "MOLT": {"rank": 3},
 }
-HAS_SKIP = {"TopKSkipTranscoder", "SkipMxD"}
+HAS_SKIP = {"TopKSkipTranscoder", "SkipMxD", "AffineSkipMxD"}
 
 
 @pytest.fixture(params=KINDS)
@@ -47,10 +51,16 @@ def test_forward_is_the_explicit_sum_over_features(kind):
     for row, x_t, y_t in zip(pre, x, layer(x), strict=True):
         y = layer.b_dec + (layer.W_skip @ x_t if kind in HAS_SKIP else 0)
         for n in sorted(range(N), key=lambda n: -row[n])[:K]:
-            expert = layer.W_dec[n]
-            if kind == "SkipMxD":
+            if kind == "MOLT":
+                V, v, U = layer.W_read[:, 3 * n : 3 * n + 3], layer.b_read[3 * n : 3 * n + 3], layer.W_dec
+                expert = (x_t @ V + v) @ U[3 * n : 3 * n + 3]
+            else:
+                expert = layer.W_dec[n]
+            if kind.endswith("MxD"):
                 z = torch.nn.functional.gelu(x_t @ layer.W_hidden + layer.b_hidden)
                 expert = z @ (layer.W_out @ torch.diag(layer.W_dec[n]))
+            if kind.startswith("Affine"):
+                expert = expert + layer.b_expert[n]
             y = y + row[n].clamp(min=0) * expert
         torch.testing.assert_close(y_t, y, rtol=1e-12, atol=1e-12)
 
@@ -118,8 +128,8 @@ def test_attached_it_is_its_forward_pass(kind, tiny_model):
 @pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=lambda a: a[0].__name__)
 def test_every_architecture_saves_and_loads_bit_by_bit(architecture, dtype, tmp_path):
     inference, _, training, training_config = architecture
-    extra = {"d_hidden": 6} if "d_hidden" in training_config.__dataclass_fields__ else {}
-    layer = randomised(training(training_config(d_in=D_IN, d_out=D_OUT, d_sae=N, k=K, dtype=dtype, **extra)))
+    sizes = {"d_in": D_IN, "d_out": D_OUT, "d_sae": N, "k": K, **sizes_of(training_config)}
+    layer = randomised(training(training_config(dtype=dtype, **sizes)))
     x = torch.randn(9, D_IN, dtype=layer.dtype)
     layer.save_inference_model(tmp_path / "inference")
     for loaded in (

@@ -21,7 +21,7 @@ from test_attach import random_mxd
 from test_text import DOWNLOADED
 
 from mxd_lens import MxD, MxDConfig, TopKTranscoder, TopKTranscoderConfig, load_model, sparse_probing
-from mxd_lens.evals import probing_tasks
+from mxd_lens.evals.probing import tasks as probing_tasks
 from mxd_lens.evals.probing.logistic import single_feature_probes
 from mxd_lens.evals.probing.probing import (
     ALL,

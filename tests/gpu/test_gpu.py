@@ -1,4 +1,7 @@
-"""What runs on a GPU gives what the CPU gives: kernels at real sizes, training steps, runners, evaluation."""
+"""What runs on a GPU gives what the CPU gives: kernels at real sizes, training steps, runners, evaluation.
+
+`make test-gpu` runs these and the kernels' own tests on the device.
+"""
 
 import copy
 import warnings
@@ -11,6 +14,7 @@ import torch
 from datasets import Dataset
 from sae_lens import HookedSAETransformer
 from sae_lens.saes.sae import TrainStepInput
+from small_layers import sizes_of
 from torch import Tensor
 
 from mxd_lens import TranscoderRunnerConfig, TranscoderTrainingRunner, evaluate, frontier, load_model, sparse
@@ -18,13 +22,23 @@ from mxd_lens.architectures import ARCHITECTURES
 from mxd_lens.evals.frontier import CONTENDERS
 from mxd_lens.sparse import first_use, reference, sparse_decode, topk_gate
 
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 CUDA = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 D_MODEL = 16
 HOOK_IN, HOOK_OUT = "blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out"
-TRAINING = [training for *_, training, _ in ARCHITECTURES]
+TRAINING = [training for *_, training, _ in ARCHITECTURES.values()]
 
 # From the mean of d random signs: the sums' own rounding, relative to the largest entry.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+
+
+@pytest.fixture(autouse=True)
+def _exact_float32() -> None:
+    """float32 products in float32: TF32's error would hide that of the kernels."""
+    torch.set_float32_matmul_precision("highest")
 
 
 @pytest.fixture(autouse=True)
@@ -94,10 +108,10 @@ def assert_near(ours: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("training", TRAINING, ids=lambda c: c.__name__)
 @pytest.mark.parametrize("k", [4, None])
 def test_a_training_step_is_the_cpus(training: Any, k: int | None) -> None:
-    config = next(config for *_, made, config in ARCHITECTURES if made is training)
-    settings = {"d_hidden": 24} if "d_hidden" in config.__dataclass_fields__ else {}
+    config = next(config for *_, made, config in ARCHITECTURES.values() if made is training)
     l1 = 0.0 if k else 1e-3
-    cfg = config(d_in=12, d_out=20, d_sae=60, k=k, l1_coefficient=l1, **settings)
+    sizes = {"d_in": 12, "d_out": 20, "d_sae": 60, "k": k, "l1_coefficient": l1} | sizes_of(config)
+    cfg = config(**sizes)
     torch.manual_seed(0)
     on_cpu = training(cfg)
     with torch.no_grad():
@@ -129,10 +143,9 @@ def gpu_model(tiny_folder: Path) -> HookedSAETransformer:
 
 
 def runner_config(training: Any, **settings: Any) -> TranscoderRunnerConfig:
-    config = next(config for *_, made, config in ARCHITECTURES if made is training)
-    more = {"d_hidden": 24} if "d_hidden" in config.__dataclass_fields__ else {}
+    config = next(config for *_, made, config in ARCHITECTURES.values() if made is training)
     return TranscoderRunnerConfig(
-        sae=config(d_in=D_MODEL, d_out=D_MODEL, d_sae=40, k=4, **more),
+        sae=config(**{"d_in": D_MODEL, "d_out": D_MODEL, "d_sae": 40, "k": 4} | sizes_of(config)),
         model_name="llama-of-words",
         hook_name=HOOK_IN,
         hook_name_out=HOOK_OUT,

@@ -12,7 +12,7 @@ from transformer_lens import HookedTransformer
 from transformer_lens.model_bridge import TransformerBridge
 
 from mxd_lens import MxD, MxDConfig, load_model, replacement_hooks
-from mxd_lens.hooks.replace import check_fits
+from mxd_lens.hooks.site import check_fits
 from mxd_lens.models import SMOLLM2, hook_point_name
 
 PROMPT = "the big cat sat on the red mat"

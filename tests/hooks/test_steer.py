@@ -506,7 +506,7 @@ def test_undone_after_an_exception(model, mxd):
         assert mxd.encode(torch.ones(1, 1, D_MODEL))[..., EXPERT] < 3
     assert count_hooks(model, mxd) == hooks_before
     assert torch.equal(model.run_with_cache(tokens)[0], cached)
-    assert not _places
+    assert not len(_places)
 
 
 def count_hooks(*modules) -> int:
@@ -528,7 +528,7 @@ def test_undone_when_a_generator_is_closed(tiny, mxd):
     assert not torch.equal(next(running), original)
     running.close()
     assert torch.equal(tiny(tokens), original)
-    assert not _places
+    assert not len(_places)
 
 
 def test_the_layer_by_itself_and_in_another_model_is_not_steered(tiny_folder, mxd):
@@ -634,7 +634,7 @@ def test_another_layer_in_its_place(sae_model, mxd):
             steer(sae_model, other, {3: 1.0}).__enter__()
         with pytest.raises(ValueError, match=attached):
             sae_model.run_with_saes(sae_model.to_tokens(PROMPT), saes=[other])
-    assert not _places
+    assert not len(_places)
 
 
 def test_a_layer_that_does_not_fit(tiny_folder, tiny, mxd):

@@ -14,8 +14,8 @@ import pytest
 import torch
 from conftest import D_MODEL, HOOK_IN, HOOK_OUT
 from datasets import Dataset
+from runs import run_config
 from sae_lens import HookedSAETransformer, TopKTrainingSAEConfig
-from small_runs import run_config
 from torch import Tensor
 
 from mxd_lens import PairedActivationsStore

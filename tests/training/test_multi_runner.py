@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import D_MODEL, HOOK_IN, HOOK_OUT
 from datasets import Dataset
+from runs import run_config
 from sae_lens import (
     SAE,
     HookedSAETransformer,
@@ -20,7 +21,6 @@ from sae_lens import (
 )
 from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import load_file
-from small_runs import run_config
 
 from mxd_lens import (
     TrainingSkipMxDConfig,

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import WORDS
+from runs import run_config
 from safetensors.torch import load_file
-from small_runs import run_config
 from torch import Tensor
 
 from mxd_lens import TranscoderTrainingRunner
@@ -79,8 +79,8 @@ def assert_same_run(folder: Path, uninterrupted: Path) -> None:
 
 TRAIN = """
 import json, os, signal, sys, time
-sys.path[:0] = sys.argv[1].split(os.pathsep)
-from small_runs import run_config
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/support"]
+from runs import run_config
 from mxd_lens import TranscoderTrainingRunner
 
 runner = TranscoderTrainingRunner(run_config(**json.loads(sys.argv[2])))
@@ -111,7 +111,7 @@ def train_and_kill(folder: Path, model: Path, after: float | None) -> None:
     """
     settings = json.dumps(settings_of(folder, model))
     how = "to death" if after is None else "slowly"
-    command = [sys.executable, "-c", TRAIN, os.pathsep.join(sys.path), settings, how]
+    command = [sys.executable, "-c", TRAIN, str(Path(__file__).parents[1]), settings, how]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120
         while after is not None and not complete_checkpoints(folder / "run" / "checkpoints"):

@@ -7,8 +7,9 @@ import pytest
 import torch
 from conftest import HOOK_OUT
 from datasets import Dataset
-from sae_lens import SAE, TopKTrainingSAEConfig, TrainingSAE
-from small_runs import run_config
+from runs import run_config
+from sae_lens import SAE, TopKTrainingSAEConfig
+from small_layers import sizes_of
 from test_transcoders import D_IN, D_OUT, K, N, randomised
 
 from mxd_lens import TranscoderRunnerConfig, TranscoderTrainingRunner
@@ -22,8 +23,9 @@ def layers() -> list:
     made = []
     for _, _, training, config in ARCHITECTURES.values():
         has_branch = "d_hidden" in config.__dataclass_fields__
-        for extra in [{"d_hidden": 6}, {"d_hidden": 6, "gated": True}] if has_branch else [{}]:
-            cfg = config(d_in=D_IN, d_out=D_OUT, d_sae=N, k=K, dtype="float64", **extra)
+        for extra in [{}, {"gated": True}] if has_branch else [{}]:
+            sizes = {"d_in": D_IN, "d_out": D_OUT, "d_sae": N, "k": K, **sizes_of(config)}
+            cfg = config(dtype="float64", **sizes, **extra)
             made.append(pytest.param(cfg, training, id=f"{training.__name__} {extra}"))
     return made
 

@@ -45,7 +45,7 @@ from mxd_lens.dashboards.collect.data import (
 )
 from mxd_lens.dashboards.collect.excerpts import Chosen, loss_effect
 from mxd_lens.dashboards.collect.firings import Firings
-from mxd_lens.hooks.replace import check_fits, hook_names
+from mxd_lens.hooks.site import check_fits, hook_names
 from mxd_lens.models import attached_layer
 from mxd_lens.training.runner import then_and_now
 

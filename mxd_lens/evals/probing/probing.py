@@ -29,7 +29,7 @@ from mxd_lens.analysis.decomposition import active_experts, input_hook, run_to
 from mxd_lens.artifacts.tables import Cell, Tabular
 from mxd_lens.evals.probing.logistic import single_feature_probes
 from mxd_lens.evals.probing.tasks import OFFLINE_TASKS, LabelledTexts, load_task
-from mxd_lens.hooks.replace import check_trained_on, hook_names
+from mxd_lens.hooks.site import check_trained_on, hook_names
 from mxd_lens.models import special_token_ids
 
 if TYPE_CHECKING:

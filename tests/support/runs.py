@@ -1,4 +1,4 @@
-"""Training runs small enough for every test, on the tiny language model of conftest."""
+"""Training runs of a few steps on the tiny model."""
 
 from typing import Any
 
