@@ -17,15 +17,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from mxd_lens.artifacts.files import full_path
-from mxd_lens.artifacts.identity import as_json, differences
 from mxd_lens.models import load_model
 from mxd_lens.training.activations import PairedActivationsStore
 from mxd_lens.training.checkpoints import complete_checkpoints
 from mxd_lens.training.config import MAY_DIFFER_ON_RESUME, TranscoderRunnerConfig
 from mxd_lens.training.progress import summary
 from mxd_lens.training.runner import (
-    HISTORY_FILENAME,
-    IDENTITY_FILENAME,
     TrainingMember,
     locked_folders,
     make_folders,
@@ -34,7 +31,6 @@ from mxd_lens.training.runner import (
     refuse_another_run,
     refuse_other_settings,
     require_identity,
-    run_identity,
     start_wandb,
 )
 from mxd_lens.training.trainer import StopRequest, TrainingLoop, TranscoderTrainer, finish
@@ -220,7 +216,6 @@ class MultiTranscoderTrainingRunner:
         self.activations_store = PairedActivationsStore.from_config(
             self.model, first, override_dataset, (*self.cfgs.values(), *beside), order_seed
         )
-        self.identity = run_identity(self.activations_store, self.cfgs)
         self.members = {
             name: TrainingMember(cfg, self.activations_store)
             for name, cfg in self.cfgs.items()
@@ -323,16 +318,18 @@ class MultiTranscoderTrainingRunner:
             self._refuse_another_run()
             refuse_another_run(checkpoint_path)
             return {}
-        then = read_json(self.checkpoint / IDENTITY_FILENAME)["settings"]
-        if then.keys() != self.cfgs.keys():
+        saved = read_json(self.checkpoint / RUNNER_CFG_FILENAME)
+        failed: dict[str, str] = saved["failures"]
+        if saved["cfgs"].keys() != self.cfgs.keys():
             raise ValueError(
-                f"{self.checkpoint} is of other layers, {', '.join(then)}, and cannot be resumed for "
-                f"{', '.join(self.cfgs)}."
+                f"{self.checkpoint} is of other layers, {', '.join(saved['cfgs'])}, and cannot be resumed "
+                f"for {', '.join(self.cfgs)}."
             )
         for name, cfg in self.cfgs.items():
-            refuse_other_settings(self.checkpoint, name, cfg)
+            if name not in failed:
+                refuse_other_settings(self.checkpoint / name, cfg)
         self._refuse_another_run()
-        return read_json(self.checkpoint / RUNNER_CFG_FILENAME)["failures"]
+        return failed
 
     def _refuse_another_run(self) -> None:
         """Raises FileExistsError where an output folder holds a layer that is not one of this run."""
@@ -344,19 +341,18 @@ class MultiTranscoderTrainingRunner:
         if checkpoint_path is None:
             return
         self.activations_store.save_to_checkpoint(checkpoint_path)
-        for name, trainer in self.trainer.trainers.items():
-            (checkpoint_path / name / HISTORY_FILENAME).write_text(json.dumps(trainer.history))
+        for name in self.trainer.trainers:
+            self.members[name].save_description(checkpoint_path / name)
         state = {
             "cfgs": {name: cfg.to_dict() for name, cfg in self.cfgs.items()},
             "failures": self.failures,
         }
         (checkpoint_path / RUNNER_CFG_FILENAME).write_text(json.dumps(state))
-        (checkpoint_path / IDENTITY_FILENAME).write_text(json.dumps(self.identity.to_dict()))
 
     def _load(self, checkpoint: Path) -> None:
         logger.info("Resuming from %s", checkpoint)
-        require_identity(checkpoint, self.identity)
         for name, member in self.members.items():
+            require_identity(checkpoint / name, member.identity)
             member.load_checkpoint(checkpoint / name)
         with reading(checkpoint / ACTIVATIONS_STORE_STATE_FILENAME):
             self.activations_store.load_from_checkpoint(checkpoint)
@@ -369,9 +365,7 @@ class MultiTranscoderTrainingRunner:
 def is_written_by(cfg: TranscoderRunnerConfig) -> bool:
     """Whether the layer in cfg.output_path was written by a run with the same settings."""
     try:
-        saved = read_json(Path(str(cfg.output_path)) / RUNNER_CFG_FILENAME)
+        refuse_other_settings(Path(str(cfg.output_path)), cfg)
     except (OSError, ValueError):
         return False
-    ours = as_json(cfg.to_dict())
-    changed = differences(saved, ours, (*MAY_DIFFER_ON_RESUME, "sae.device", "sae.metadata"))
-    return not changed
+    return True

@@ -58,6 +58,7 @@ class TrainingMember:
         save_checkpoint_fn: Callable[..., None] | None = None,
     ) -> None:
         self.cfg = cfg
+        self.identity = RunIdentity(store.identity.fields | {"settings": cfg.settings})
         self.sae = override_sae if override_sae is not None else self._new_sae()
         self.sae.to(cfg.device)
         self.trainer = TranscoderTrainer(
@@ -137,9 +138,10 @@ class TrainingMember:
             self.save_description(partial)
 
     def save_description(self, folder: Path) -> None:
-        """Writes the run's config and its training curve."""
+        """Writes the run's config, its identity and its training curve."""
         (folder / RUNNER_CFG_FILENAME).write_text(json.dumps(self.cfg.to_dict(), indent=1))
         (folder / HISTORY_FILENAME).write_text(json.dumps(self.trainer.history))
+        (folder / IDENTITY_FILENAME).write_text(json.dumps(self.identity.to_dict(), indent=1))
 
 
 class TranscoderTrainingRunner:
@@ -182,15 +184,14 @@ class TranscoderTrainingRunner:
             if self.checkpoint is None:
                 refuse_another_run(cfg.output_path, cfg.checkpoint_path)
             else:
-                refuse_other_settings(self.checkpoint, "", cfg)
+                refuse_other_settings(self.checkpoint, cfg)
         self.model = override_model or load_model(cfg.model_name, cfg.llm_device or "cpu")
         self.activations_store = PairedActivationsStore.from_config(self.model, cfg, override_dataset)
-        self.identity = run_identity(self.activations_store, {"": cfg})
         self.member = TrainingMember(cfg, self.activations_store, override_sae, self._save_run_state)
         self.sae, self.trainer = self.member.sae, self.member.trainer
         if self.checkpoint is not None:
             logger.info("Resuming from %s", self.checkpoint)
-            require_identity(self.checkpoint, self.identity)
+            require_identity(self.checkpoint, self.member.identity)
             self.member.load_checkpoint(self.checkpoint)
             with reading(self.checkpoint / ACTIVATIONS_STORE_STATE_FILENAME):
                 self.activations_store.load_from_checkpoint(self.checkpoint)
@@ -268,7 +269,6 @@ class TranscoderTrainingRunner:
         if checkpoint_path is not None:
             self.activations_store.save_to_checkpoint(checkpoint_path)
             self.member.save_description(checkpoint_path)
-            (checkpoint_path / IDENTITY_FILENAME).write_text(json.dumps(self.identity.to_dict()))
 
 
 def start_wandb(log: LoggingConfig, config: dict[str, Any]) -> None:
@@ -295,22 +295,15 @@ def refuse_another_run(*folders: str | Path | None) -> None:
             )
 
 
-def run_identity(store: PairedActivationsStore, cfgs: Mapping[str, TranscoderRunnerConfig]) -> RunIdentity:
-    """Return the identity of a run: that of its activations, and the settings of each of its layers."""
-    settings = {name: cfg.settings for name, cfg in cfgs.items()}
-    return RunIdentity(store.identity.fields | {"settings": settings.get("", settings)})
-
-
-def refuse_other_settings(checkpoint: Path, name: str, cfg: TranscoderRunnerConfig) -> None:
-    """Raises ValueError where a layer of the run in `checkpoint` has other settings than `cfg`.
+def refuse_other_settings(folder: Path, cfg: TranscoderRunnerConfig) -> None:
+    """Raises ValueError where the run in `folder`, a checkpoint or a trained layer, has other settings.
 
     Asked before a model loads; what is then known of the model and the text is compared by
     `require_identity`.
     """
-    settings = read_json(checkpoint / IDENTITY_FILENAME)["settings"]
-    if changed := differences(settings[name] if name else settings, cfg.settings):
+    if changed := differences(read_json(folder / IDENTITY_FILENAME)["settings"], cfg.settings):
         raise ValueError(
-            f"{checkpoint} is of another run, and cannot be resumed as this one. " + "; ".join(changed)
+            f"{folder} is of another run, and cannot be resumed as this one. " + "; ".join(changed)
         )
 
 

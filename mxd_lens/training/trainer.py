@@ -104,7 +104,8 @@ class TrainingLoop:
             if self.store is not None:
                 self.store.on_buffering = bar.buffering
             while self.n_training_samples < total:
-                bar.reach(self.n_training_samples, self.train_step())
+                text = self.train_step()
+                bar.reach(self.n_training_samples, text)
                 if self.checkpoint_thresholds and self.n_training_samples > self.checkpoint_thresholds[0]:
                     self.checkpoint_thresholds.pop(0)
                     self.checkpoint_or_warn(str(self.n_training_samples))

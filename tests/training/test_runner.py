@@ -109,6 +109,7 @@ def test_what_is_written(runner, tmp_path: Path) -> None:
         "cfg.json",
         "checkpoints",
         "history.json",
+        "identity.json",
         "runner_cfg.json",
         "sae_weights.safetensors",
         "sparsity.safetensors",

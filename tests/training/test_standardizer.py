@@ -8,7 +8,7 @@ import torch
 from conftest import HOOK_OUT
 from datasets import Dataset
 from runs import run_config
-from sae_lens import SAE, TopKTrainingSAEConfig
+from sae_lens import SAE, TopKTrainingSAEConfig, TrainingSAE
 from small_layers import sizes_of
 from test_transcoders import D_IN, D_OUT, K, N, randomised
 
