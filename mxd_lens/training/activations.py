@@ -17,6 +17,7 @@ from torch import Tensor
 from typing_extensions import Self, override
 
 from mxd_lens.artifacts.identity import RunIdentity
+from mxd_lens.hooks.site import check_fires, check_free
 from mxd_lens.models import hook_point_name, special_token_ids
 from mxd_lens.text import (
     check_vocabulary,
@@ -150,8 +151,8 @@ class PairedActivationsStore(ActivationsStore):
             seed: of the order of tokens. Default: cfg.seed.
 
         Raises:
-            ValueError: the model has no such hook point, or there is no text, or the cache holds the
-                activations of something else.
+            ValueError: the model has no such hook point, does not run it, or has a layer attached there; or
+                there is no text; or the cache holds the activations of something else.
         """
         dataset: Any = override_dataset
         if dataset is None:
@@ -167,6 +168,9 @@ class PairedActivationsStore(ActivationsStore):
         # does not change what a cache holds.
         ordered = sorted(runs, key=lambda run: (-len(run.hook_widths), run.hook_name, run.hook_name_out))
         widths = {name: width for run in ordered for name, width in run.hook_widths.items()}
+        for name in widths:
+            check_free(model, name)
+        check_fires(model, *widths)
         hooks = {name: hook_point_name(model, name) for name in widths}
         excluded = special_token_ids(model, cfg.exclude_special_tokens)
         with warnings.catch_warnings():

@@ -35,7 +35,7 @@ from mxd_lens.artifacts.files import (
     remove_stale_partials,
 )
 from mxd_lens.artifacts.identity import RunIdentity, differences
-from mxd_lens.models import load_model
+from mxd_lens.models import load_model, weight_processing
 from mxd_lens.training.activations import PairedActivationsStore
 from mxd_lens.training.checkpoints import complete_checkpoints, remove_old
 from mxd_lens.training.config import IN_METADATA, TranscoderRunnerConfig
@@ -79,6 +79,7 @@ class TrainingMember:
         for name in IN_METADATA:
             metadata[name] = getattr(cfg, name)
         metadata["training_text"] = store.training_text
+        metadata["weight_processing"] = weight_processing(store.model)
         # As SAELens writes them: its evaluations load the model from these two.
         metadata["model_class_name"] = cfg.model_class_name
         metadata["model_from_pretrained_kwargs"] = cfg.model_from_pretrained_kwargs
