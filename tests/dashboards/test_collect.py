@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import D_MODEL
+from mxd_lens.dashboards.collect.streams import BestRows, Histograms, largest_of_each, priorities
 from sae_lens import TopKSAE, TopKSAEConfig
 from test_attach import MODELS
 from test_decomposition import D_SAE, LAYERS, make_layer, skip_of, true_input, written_by
@@ -33,7 +34,6 @@ from mxd_lens.dashboards.collect.data import (
     Neighbour,
     TokenEffect,
 )
-from mxd_lens.dashboards.collect.streams import BestRows, Histograms, largest_of_each, priorities
 
 HOSTILE = ["<script>alert(1)</script>", "\x00\x1b[31m", "\u202eabc", "😀", "", "w" * 50_000, "\u2028", "\r\n"]
 
