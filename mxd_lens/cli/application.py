@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 from mxd_lens import __version__
-from mxd_lens.cli.options import STDOUT, best_device
+from mxd_lens.cli.options import STDOUT
 
 TRACEBACK = "MXD_LENS_TRACEBACK"
 """The environment variable that shows tracebacks."""
@@ -56,13 +56,11 @@ def version(
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Registers a command: its device is chosen, and its errors are shown in one line."""
+    """Registers a command, whose errors are shown in one line."""
 
     @functools.wraps(function)
     def run(**arguments: Any) -> None:
         try:
-            if "device" in arguments:
-                arguments["device"] = best_device(arguments["device"])
             function(**arguments)
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise

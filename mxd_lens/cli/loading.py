@@ -13,7 +13,7 @@ import typer
 
 import mxd_lens
 from mxd_lens.cli.config_fields import package_file
-from mxd_lens.cli.options import checked
+from mxd_lens.cli.options import best_device, checked
 
 BUNDLED = Path(mxd_lens.__file__).parent / "pretrained" / "weights"
 SMOLLM2_SHAPE = {"num_hidden_layers": 30}
@@ -89,7 +89,7 @@ class LayerSource:
         """The layer itself, whatever its architecture; a damaged folder ends in one error."""
         from mxd_lens import load_layer
 
-        return load_layer(self.release, self.sae_id or None, device)
+        return load_layer(self.release, self.sae_id or None, best_device(device))
 
 
 def check_layer_folder(folder: Path) -> None:
@@ -184,6 +184,7 @@ def load_language_model(name: str, device: str, bridge: bool = False) -> Any:
     """A language model as HookedSAETransformer, or as SAETransformerBridge."""
     from mxd_lens import load_model
 
+    device = best_device(device)
     if not bridge:
         return load_model(name, device)
     from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge

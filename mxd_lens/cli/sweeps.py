@@ -13,6 +13,7 @@ from mxd_lens.cli.options import (
     Json,
     Model,
     Text,
+    best_device,
     checked,
     integers,
     is_folder_to_write,
@@ -122,7 +123,7 @@ def frontier(
         batch=batch,
         layers_at_once=at_once,
         text_name=text,
-        run_settings={"device": device, "autocast": bf16},
+        run_settings={"device": best_device(device), "autocast": bf16},
     )
     page = write_frontier_page(output / "index.html", result)
     show(result, json, f"The page: {page}")

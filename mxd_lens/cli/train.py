@@ -20,6 +20,7 @@ from mxd_lens.cli.options import (
     Device,
     Model,
     Text,
+    best_device,
     checked,
     integers,
     is_finite,
@@ -91,6 +92,19 @@ TOLD: dict[str, str] = {
     "n_batches_in_buffer": "eight batches, at least 256",
 }
 """Defaults that depend on the model or on other options."""
+UNDOCUMENTED = {
+    "log_to_wandb": "Log the run to Weights & Biases",
+    "log_activations_store_to_wandb": "Upload the state of the activation store with each checkpoint",
+    "log_optimizer_state_to_wandb": "Upload the state of the optimiser with each checkpoint",
+    "log_weights_to_wandb": "Upload the weights with each checkpoint",
+    "wandb_project": "Project of the run",
+    "wandb_id": "Identifier of the run, to log to an existing one",
+    "run_name": "Name of the run in Weights & Biases",
+    "wandb_entity": "User or team that the project belongs to",
+    "wandb_log_frequency": "Steps between two logged values",
+    "eval_every_n_wandb_logs": "Logged values between two evaluations; there are none for these layers",
+}
+"""What SAELens' `LoggingConfig` does not say about its fields."""
 AT_LEAST = {
     **dict.fromkeys(("training_tokens", "train_batch_size_tokens", "d_sae", "d_hidden"), 1),
     **dict.fromkeys(("n_batches_in_buffer", "store_batch_size_prompts", "n_checkpoints_kept"), 1),
@@ -114,7 +128,7 @@ def option(field: ConfigField) -> inspect.Parameter:
     flags = [f"--{name}/--no-{name}" if kind is bool else f"--{name}" for name in names]
     default = DEFAULTS.get(field.name, field.default)
     told = TOLD.get(field.name) or ("" if default is None or default is COMPUTED else str(default))
-    help = sentence(field.help or field.name.replace("_", " "))
+    help = sentence(field.help or UNDOCUMENTED[field.name])
     return inspect.Parameter(
         field.name,
         inspect.Parameter.KEYWORD_ONLY,
@@ -265,8 +279,15 @@ def train(
     given = {name: value_of(name, value) for name, value in settings.items() if value is not None}
     check_settings(given)
     wanted = members(layers, architectures, k, seeds, n_blocks_of(model))
+    several = len(wanted) != 1 or layers == "all"
     for member in wanted.values():
         check_member(member, layers, given)
+    folders = [output / name for name in wanted] if several else [output]
+    if resume and wanted and all((folder / "cfg.json").is_file() for folder in folders):
+        raise typer.BadParameter(
+            f"{output} holds a finished run: nothing is left to resume. Evaluate it, or name another folder.",
+            param_hint="--resume",
+        )
 
     from mxd_lens import TranscoderTrainingRunner
     from mxd_lens.text import load_text, split_text
@@ -275,14 +296,13 @@ def train(
     rows = split_text(load_text(text, streaming=False))[0] if hold_out else None
     language_model = load_language_model(model, device, bridge)
     wanted = wanted or members(layers, architectures, k, seeds, language_model.cfg.n_layers)
-    given |= {"model_name": model, "dataset_path": text, "device": device, "dtype": dtype}
+    given |= {"model_name": model, "dataset_path": text, "device": best_device(device), "dtype": dtype}
     if keep_special_tokens:
         given["exclude_special_tokens"] = False
     if cache is not None:
         given |= {"use_cached_activations": True, "cached_activations_path": str(cache)}
     if resume:
         given["resume_from_checkpoint"] = "latest"
-    several = len(wanted) > 1 or layers == "all"
     cfgs = {
         name: run_config(member, language_model, match_width, given, output / name if several else output)
         for name, member in wanted.items()

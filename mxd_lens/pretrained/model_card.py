@@ -42,7 +42,7 @@ MEASURES = {
     "ce_loss_recovered": "cross-entropy recovered, of what zero ablation costs",
     "kl_divergence": "KL divergence from the unmodified model, nats",
     "l0": "active experts per token",
-    "dead_fraction": "share of experts that fired on none of the tokens",
+    "silent_fraction": "share of experts that fired on none of the tokens",
 }
 
 MOSTLY_EXPERTS = 0.6
@@ -124,8 +124,9 @@ def front_matter(architectures: Iterable[str], base_model: str | None, license: 
 
 def formula(sae: PairedTranscoder) -> str:
     """The layer as Python in the names of its weights, and what its experts write."""
-    lines = "\n".join(sae.formula())
-    if not lines:
+    try:
+        lines = "\n".join(sae.formula())
+    except NotImplementedError:
         return f"{type(sae).__name__} computes something of its own, and its code does not state the formula."
     return f"```python\n{lines}\n```\n\n{sae.about}"
 
@@ -227,7 +228,9 @@ def report_section(sae: PairedTranscoder, text: str, report: Report) -> str:
 
 def report_numbers(report: Report) -> Mapping[str, Any]:
     """A report as a mapping. Raises ValueError where it is none."""
-    found = report if isinstance(report, Mapping) else report.to_dict()
+    found = dict(report if isinstance(report, Mapping) else report.to_dict())
+    if "dead_fraction" in found:  # its name until version 0.1
+        found["silent_fraction"] = found.pop("dead_fraction")
     needed = [
         *("normalized_mse", "normalized_mse_mean_gate", "normalized_mse_shuffled_gate", "n_tokens"),
         *("ce_loss", "ce_loss_replaced", "ce_loss_zero_ablated", "ce_loss_mean_gate"),
