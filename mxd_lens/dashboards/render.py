@@ -86,6 +86,8 @@ N_PROMPT = 16
 """Tokens of the prompt in the code on a page, at most."""
 
 LABELS = "labels.json"
+UNSHOWN = ("identity", "labels", "deep")
+"""Settings that the index does not list."""
 
 RARE_COLUMNS = {"mean", "share_of_output", "consistency"}
 """Those that a narrow screen leaves out."""

@@ -21,8 +21,6 @@ from mxd_lens.dashboards.collect.kept import Kept
 N_BINS = 64
 WATCHED = 2**28
 """Pairs of experts whose firing together is counted, at most: a gigabyte."""
-BLOCK = 16_384
-"""Contributions formed at once."""
 SUMS, FIRINGS = "sums", "firings-{}"
 
 
@@ -118,21 +116,21 @@ class FirstPass:
         output = parts.output
         squared = output.pow(2).sum(-1, keepdim=True)
         self.n_shares += int((squared > 0).sum())
-        shares = parts.dots(torch.where(squared > 0, output / squared, 0))
-        self.share_sum.index_add_(0, parts.experts.flatten(), shares.flatten().double())
+        along = torch.where(squared > 0, output / squared, 0)
+        shares, norms = [output.new_zeros(0)], [output.new_zeros(0)]
+        for t, _, some, u in parts.contributions():
+            shares.append(some * (u * along[t]).sum(-1))
+            norms.append((some[:, None] * u).norm(dim=-1))
         token_of, expert, a = parts.fired
-        wanted = self.slots[expert] >= 0
-        token_of, expert, a = token_of[wanted], expert[wanted], a[wanted]
-        norms = [
-            (some[:, None] * parts.written_by(t, n)).norm(dim=-1)
-            for t, n, some in zip(*(v.split(BLOCK) for v in (token_of, expert, a)), strict=True)
-        ]
-        return {
-            "place": places[token_of.cpu()],
-            "slot": self.slots[expert].cpu().int(),
-            "value": a.cpu(),
-            "norm": torch.cat([a.new_zeros(0), *norms]).cpu(),
+        self.share_sum.index_add_(0, expert, torch.cat(shares).double())
+        slot = self.slots[expert]
+        found = {
+            "place": places.to(a.device)[token_of],
+            "slot": slot.int(),
+            "value": a,
+            "norm": torch.cat(norms),
         }
+        return {name: values[slot >= 0].cpu() for name, values in found.items()}
 
     def _sorted(self, n_positions: int) -> Firings:
         found = {name: torch.cat([part[name] for part in self.found]).numpy() for name in self.found[0]}
