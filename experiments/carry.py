@@ -20,7 +20,7 @@ from sae_lens import SAE
 
 from experiments.wikitext import HELD_OUT, wikitext_sequences
 from mxd_lens import load_model
-from mxd_lens.cli import integers
+from mxd_lens.cli.options import integers
 from mxd_lens.evals.ablation import CarryReport, load_carry, save_carry, what_experts_carry
 from mxd_lens.evals.stability import stability
 from mxd_lens.models import SMOLLM2

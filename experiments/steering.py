@@ -53,7 +53,7 @@ def main() -> None:
         coefficients[name] = matched_coefficient(sae, x, args.strength)
     scores = steering_scores(model, saes, args.output, chosen, coefficient=coefficients)
     write_steering_png(args.output / "steering.png", scores)
-    write_steering_page(args.output / "index.html", scores, picture="steering.png")
+    write_steering_page(args.output / "index.html", scores, picture_file="steering.png")
     Console(width=120).print(scores)
 
 
