@@ -10,6 +10,7 @@ part of the map.
 """
 
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -85,15 +86,21 @@ class FrozenModel:
         seen: dict[str, Tensor] = {}
         final: list[Tensor] = []
 
-        def keep(into: dict[str, Tensor], name: str) -> Change:
+        def keep(name: str) -> Change:
             def change(value: Tensor) -> None:
-                into[name] = value.detach()
+                seen[name] = value
 
             return change
 
-        changes = {name: keep(fixed, name) for name in names}
-        # A name may be both read and held; none is.
-        changes |= {name: keep(seen, name) for name in wanted}
+        def hold(name: str) -> Change:
+            def change(value: Tensor) -> Tensor:
+                # A copy counts as an edit: a bridge computes a norm in another way where its scale is edited.
+                fixed[name] = value.clone()
+                return fixed[name]
+
+            return change
+
+        changes = {name: hold(name) for name in names} | {name: keep(name) for name in wanted}
         logits = self._forward(self.tokens[None], changes, final)
         without = [b for b in range(model.cfg.n_layers) if f"blocks.{b}.attn.hook_pattern" not in fixed]
         if without:
@@ -132,6 +139,8 @@ class FrozenModel:
                 )
             handle = self.model.unembed.register_forward_pre_hook(lambda _m, args: final.append(args[0]))
             stack.callback(handle.remove)
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", "A forward hook edited hook_scale", UserWarning)
             return self.model(tokens)
 
     def affine(self, block: int, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_model"]:

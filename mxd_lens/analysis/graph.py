@@ -52,7 +52,8 @@ class Node(NamedTuple):
     index: int | None
     """The expert's id, or the token's; None for an error."""
     activation: float
-    """a_n of an expert, the logit of a logit; for tokens and errors 1."""
+    """a_n of an expert; of a logit its value less the mean logit, before a bias of the unembedding and a soft
+    cap; for tokens and errors 1."""
     text: str
     """What it is called: the token's text, or "expert 17 of block 3"."""
 
@@ -552,9 +553,9 @@ def _graph(
                 nodes.append(Node("error", block, p, None, 1.0, f"{what} of block {block}"))
                 source_of.append(n_experts + P * (1 + block) + p)
     n_sources = len(nodes)
-    centred = frozen.logits[-1] - frozen.logits[-1].mean()
-    for token in logit_ids.tolist():
-        nodes.append(Node("logit", None, P - 1, token, centred[token].item(), model.tokenizer.decode([token])))
+    values = (logit_rows.gate.sum(1) + logit_rows.constant).tolist()
+    for token, value in zip(logit_ids.tolist(), values, strict=True):
+        nodes.append(Node("logit", None, P - 1, token, value, model.tokenizer.decode([token])))
     dtype = rows.gate.dtype
     gate, branch = (torch.zeros(len(nodes), len(nodes), dtype=dtype) for _ in range(2))
     constant, left_out = (torch.zeros(len(nodes), dtype=dtype) for _ in range(2))
