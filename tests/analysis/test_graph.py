@@ -2,13 +2,11 @@
 
 import pytest
 import torch
-from conftest import D_MODEL
 from sae_lens import HookedSAETransformer
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
-from sae_lens.saes.sae import SAEMetadata
+from small_random import random_layer
 
-from mxd_lens import MxD, MxDConfig, TopKSkipTranscoder, TopKSkipTranscoderConfig, TopKTranscoder, load_model
-from mxd_lens import TopKTranscoderConfig
+from mxd_lens import load_model
 from mxd_lens.adapters.circuit_tracer_graph import graph_json
 from mxd_lens.analysis.frozen import FrozenModel
 from mxd_lens.analysis.graph import AttributionGraph, attribution_graph
@@ -18,42 +16,12 @@ PROMPT = "the cat sat on the mat"
 CLASSES = [HookedSAETransformer, SAETransformerBridge]
 
 
-def random_layer(model, block, kind, dtype=torch.float64, k=4, **settings):
-    configs = {
-        "mxd": (MxD, MxDConfig, {"d_hidden": 12, "hidden_activation": "silu"}),
-        "gated mxd": (MxD, MxDConfig, {"d_hidden": 12, "hidden_activation": "silu", "gated": True}),
-        "transcoder": (TopKTranscoder, TopKTranscoderConfig, {}),
-        "skip": (TopKSkipTranscoder, TopKSkipTranscoderConfig, {}),
-    }
-    layer_class, config, more = configs[kind]
-    layer = layer_class(
-        config(
-            d_in=D_MODEL,
-            d_out=D_MODEL,
-            d_sae=20,
-            k=k,
-            dtype=str(dtype).removeprefix("torch."),
-            metadata=SAEMetadata(
-                model_name=model.cfg.model_name,
-                hook_name=f"blocks.{block}.mlp.hook_in",
-                hook_name_out=f"blocks.{block}.hook_mlp_out",
-                **settings,
-            ),
-            **more,
-        )
-    )
-    generator = torch.Generator().manual_seed(block)
-    for parameter in layer.parameters():
-        parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(dtype)
-    return layer
-
-
 @pytest.fixture(params=CLASSES, ids=["HookedTransformer", "bridge"])
 def model(request, tiny_folder):
     return load_model(tiny_folder, dtype=torch.float64, model_class=request.param)
 
 
-KINDS = ["mxd", "gated mxd", "transcoder", "skip"]
+KINDS = ["mxd", "gated mxd", "affine", "transcoder", "skip"]
 
 
 @pytest.fixture(params=KINDS)
