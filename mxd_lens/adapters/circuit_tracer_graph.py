@@ -42,11 +42,11 @@ def graph_json(
     order = influence.argsort(descending=True)
     cumulative: Float[Tensor, " nodes"] = torch.empty_like(influence)
     cumulative[order] = influence[order].cumsum(0) / influence.sum()
-    of_node = {node: share for node, share in zip(map(_key, graph.nodes), cumulative.tolist(), strict=True)}
+    of_node = dict(zip(map(_key, graph.nodes), cumulative.tolist(), strict=True))
     shown = graph.pruned(node_share, edge_share)
     n_blocks = 1 + max((node.block for node in graph.nodes if node.block is not None), default=-1)
     probabilities = iter(shown.probabilities.tolist())
-    nodes = []
+    nodes: list[dict[str, Any]] = []
     for node in shown.nodes:
         entry = _node(node, n_blocks)
         if node.kind == "logit":

@@ -4,9 +4,9 @@ Attention patterns and the scales of norms are held at the values they have on t
 model, between the MLPs' outputs and the residual stream that any later part reads, is then affine: gradients
 through it are exact effects, not approximations (arXiv 2406.11944; Ameisen et al., "Circuit Tracing", 2025).
 
-A layer that replaces an MLP writes what its experts write, its bias and its skip connection. The experts' part
-and the error, what the MLP writes beyond the layer, are held as given; a skip connection is linear and stays
-part of the map.
+A layer that replaces an MLP writes what its experts write, its bias and its skip connection. The experts'
+part and the error, what the MLP writes beyond the layer, are held as given; a skip connection is linear and
+stays part of the map.
 """
 
 import re
@@ -105,9 +105,9 @@ class FrozenModel:
         without = [b for b in range(model.cfg.n_layers) if f"blocks.{b}.attn.hook_pattern" not in fixed]
         if without:
             raise ValueError(
-                f"{model.cfg.model_name} does not compute the attention pattern of block {without[0]} where it "
-                "can be held fixed, so that direct effects through attention are not linear here. Load it as "
-                "a HookedSAETransformer, or as a bridge with eager attention."
+                f"{model.cfg.model_name} does not compute the attention pattern of block {without[0]} where "
+                "it can be held fixed, so that direct effects through attention are not linear here. Load it "
+                "as a HookedSAETransformer, or as a bridge with eager attention."
             )
         self.fixed = fixed
         self.logits: Float[Tensor, "positions vocabulary"] = logits[0]
@@ -131,7 +131,7 @@ class FrozenModel:
     def _forward(
         self, tokens: Int[Tensor, "batch positions"], changes: Mapping[str, Change], final: list[Tensor]
     ) -> Float[Tensor, "batch positions vocabulary"]:
-        """A forward pass in which the hook points named do `changes`; appends what is unembedded to `final`."""
+        """A forward pass with changes at hook points; appends what is unembedded to `final`."""
         with ExitStack() as stack:
             for name, change in changes.items():
                 stack.callback(

@@ -1,46 +1,47 @@
 """Attribution graphs: how tokens, experts and errors add up to a model's next-token logits.
 
 Nodes are the token embeddings, the active experts (features) of the layers that replace the MLPs, the errors
-of these layers, and the logits. An edge is a direct effect, with attention patterns, norm scales and gates held
-fixed (`frozen`). Into an expert n of token t
+of these layers, and the logits. An edge is a direct effect, with attention patterns, norm scales and gates
+held fixed (`frozen`). Into an expert n of token t
 
     gate edges      g_s, sum_s g_s + constant = g_n . x + b_n = a_n
     branch edges    h_s, sum_s h_s + constant = a_n         only where what n writes depends on x
 
-The branch edges are the effects on the length of what expert n writes, ||u_n|| with u_n = c_n * (D^T z) for an
-MxD, phi's slope in z held at phi(pre) / pre; they are given in units of a_n, scaled by a_n / ||u_n||. What n
-writes, a_n u_n, is the product of both, so that a relative change of it is the sum of the two relative
+The branch edges are the effects on the length of what expert n writes, ||u_n|| with u_n = c_n * (D^T z) for
+an MxD, phi's slope in z held at phi(pre) / pre; they are given in units of a_n, scaled by a_n / ||u_n||. What
+n writes, a_n u_n, is the product of both, so that a relative change of it is the sum of the two relative
 changes. Edge weights are the mean of both kinds, and of a transcoder's feature its gate edges alone.
 
-Scores and pruning are those of circuit-tracer (Ameisen et al., "Circuit Tracing", 2025): influence is the share
-of a node in the paths to the logits, with |edges| normalised per target.
+Scores and pruning are those of circuit-tracer (Ameisen et al., "Circuit Tracing", 2025): influence is the
+share of a node in the paths to the logits, with |edges| normalised per target.
 """
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors.torch import load_file, save_file
 from sae_lens import SAE
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mxd_lens.analysis.attribution import block_of
 from mxd_lens.analysis.frozen import FrozenModel
 from mxd_lens.analysis.prompt import one_prompt
 from mxd_lens.artifacts.files import write_json
 from mxd_lens.artifacts.tables import Cell, Tabular
+from mxd_lens.hooks.site import block_of_layer
 from mxd_lens.sparse.coefficients import Active
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 """Relative errors of the sum of edges beyond which the model was not affine."""
 
 
-class Node(NamedTuple):
+@dataclass(frozen=True, order=False)
+class Node:
     """One node of an attribution graph."""
 
     kind: str
@@ -158,7 +159,9 @@ class AttributionGraph(Tabular):
             kept_edges &= kept[:, None] & kept
         return self._selected(kept, kept_edges)
 
-    def _selected(self, kept: Bool[Tensor, " nodes"], edges: Bool[Tensor, "nodes nodes"]) -> "AttributionGraph":
+    def _selected(
+        self, kept: Bool[Tensor, " nodes"], edges: Bool[Tensor, "nodes nodes"]
+    ) -> "AttributionGraph":
         at = kept.nonzero().flatten()
         gone = (self.gate * ~edges).sum(1) + self.left_out
         return AttributionGraph(
@@ -217,14 +220,15 @@ class AttributionGraph(Tabular):
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: getattr(self, name).contiguous() for name in TENSORS}, folder / "graph.safetensors")
         facts = {name: getattr(self, name) for name in ("prompt", "token_ids", "model_name", "n_active")}
-        write_json(folder / "graph.json", facts | {"nodes": [node._asdict() for node in self.nodes]})
+        write_json(folder / "graph.json", facts | {"nodes": [asdict(node) for node in self.nodes]})
 
     @classmethod
     def load(cls, folder: str | Path) -> "AttributionGraph":
         """Reads a graph that `save` wrote."""
         facts = json.loads((Path(folder) / "graph.json").read_text(encoding="utf-8"))
         nodes = [Node(**node) for node in facts.pop("nodes")]
-        return cls(nodes=nodes, **load_file(Path(folder) / "graph.safetensors"), **facts)
+        tensors: dict[str, Any] = dict(load_file(Path(folder) / "graph.safetensors"))
+        return cls(nodes=nodes, **tensors, **facts)
 
 
 TENSORS = ("gate", "branch", "has_branch", "constant", "left_out", "probabilities")
@@ -294,7 +298,7 @@ def attribution_graph(
 def _by_block(layers: Iterable[SAE[Any]]) -> dict[int, SAE[Any]]:
     named: dict[int, SAE[Any]] = {}
     for sae in layers:
-        if (block := block_of(sae)) in named:
+        if (block := block_of_layer(sae)) in named:
             raise ValueError(f"Two layers are given for block {block}: give one for each block.")
         named[block] = sae
     return named
@@ -306,7 +310,10 @@ class Sources:
     def __init__(self, frozen: FrozenModel) -> None:
         self.positions = len(frozen.tokens)
         self.n_blocks = len(frozen.errors)
-        block, position, expert, activation = [], [], [], []
+        block: list[int] = []
+        position: list[int] = []
+        expert: list[int] = []
+        activation: list[float] = []
         self.vectors: dict[int, Tensor] = {}
         self.slices: dict[int, slice] = {}
         for at, parts in frozen.parts.items():
@@ -448,7 +455,9 @@ class Effects:
                 return (parts.layer.experts_out(mixture, s) * along).sum(-1)
 
             branch = self._gradients(writes, len(targets))
-            self._check(branch, writes(self._constants).to(a), length.to(a), f"what experts of block {block} write")
+            self._check(
+                branch, writes(self._constants).to(a), length.to(a), f"what experts of block {block} write"
+            )
             branch = branch * (a / length.to(a))[:, None]
         return EffectRows(gate, branch, constant.detach())
 
@@ -459,8 +468,9 @@ class Effects:
         error = ((total - value).abs() / size.clamp_min(1e-30)).max().item()
         if not error < TOLERANCE[self.dtype]:
             raise ValueError(
-                f"The effects on {of} do not add up (relative error {error:.1e}): with attention patterns and "
-                f"norm scales held fixed, {self.frozen.model.cfg.model_name} is not affine between its MLPs."
+                f"The effects on {of} do not add up (relative error {error:.1e}): with attention patterns "
+                f"and norm scales held fixed, "
+                f"{self.frozen.model.cfg.model_name} is not affine between its MLPs."
             )
 
 
@@ -502,7 +512,7 @@ def _normalised(edges: Float[Tensor, "targets sources"]) -> Float[Tensor, "targe
 def influence(
     edges: Float[Tensor, "nodes nodes"], weights: Float[Tensor, " nodes"]
 ) -> Float[Tensor, " nodes"]:
-    """weights (A + A^2 + ...), A the normalised |edges|: each node's share in the paths to the weighted ones."""
+    """weights (A + A^2 + ...), A the normalised |edges|: each node's share in the paths to the targets."""
     normalised = _normalised(edges)
     flow = weights @ normalised
     total = torch.zeros_like(flow)

@@ -115,7 +115,7 @@ def _without(frozen: FrozenModel, block: int, nodes: list[Node]) -> Replacement:
         coefficients = parts.coefficients.clone()
         for copy, node in ablated:
             row = copy * x.shape[1] + node.position
-            coefficients[row] = torch.where(parts.experts[row] == node.index, 0, coefficients[row])
+            coefficients[row] = coefficients[row].masked_fill(parts.experts[row].eq(node.index or 0), 0)
         y_hat = parts.with_coefficients(coefficients).y.view_as(y).to(y) + error
         return torch.where(covered[:, None], y_hat, y)
 

@@ -5,7 +5,7 @@ each MLP's mean output over the text, and by zero.
 """
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -25,6 +25,7 @@ from mxd_lens.evals.harness import Forward, Target, zero
 from mxd_lens.hooks.replace import Hook, Replacement
 
 Order = Literal["first", "last"]
+Baseline = Literal["mean", "zero"]
 With = Literal["layers", "mean", "zero"]
 
 
@@ -146,7 +147,7 @@ def evaluate_replacement(
     text: Text,
     counts: Sequence[int] | None = None,
     orders: Collection[Order] = get_args(Order),
-    baselines: Collection[With] = ("mean",),
+    baselines: Collection[Baseline] = ("mean",),
     batch_size: int = 8,
     progress: bool = True,
 ) -> ReplacementReport:
@@ -191,7 +192,9 @@ def evaluate_replacement(
             predicting = torch.stack([forward.predicting(target) for target in targets.values()]).all(0)
             next_tokens = forward.tokens[:, 1:][predicting]
 
-            def log_probabilities(hooks: list[Hook], forward=forward, predicting=predicting) -> Tensor:
+            def log_probabilities(
+                hooks: list[Hook], forward: Forward = forward, predicting: Tensor = predicting
+            ) -> Tensor:
                 logits = forward.logits(hooks)
                 return logits[:, :-1][predicting.to(logits.device)].float().log_softmax(-1)
 

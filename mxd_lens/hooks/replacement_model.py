@@ -10,7 +10,7 @@ from sae_lens import SAE
 from sae_lens.constants import SAE_CFG_FILENAME
 from torch import Tensor
 
-from mxd_lens.hooks.replace import replaced
+from mxd_lens.hooks.replace import Replacement, replaced
 from mxd_lens.hooks.site import block_of_layer, check_fits, hook_names
 
 
@@ -61,7 +61,7 @@ class ReplacementModel:
                 if block not in self.layers:
                     raise KeyError(f"Block {block} has no layer; those with one: {list(self.layers)}.")
                 sae = self.layers[block]
-                stack.enter_context(replaced(self.model, *hook_names(sae), lambda x, _y, sae=sae: sae(x)))
+                stack.enter_context(replaced(self.model, *hook_names(sae), _output_of(sae)))
             yield self.model
 
     def __call__(
@@ -70,6 +70,10 @@ class ReplacementModel:
         """The logits with the MLPs of some blocks replaced, of all that have a layer by default."""
         with self.replaced(blocks) as model:
             return model(tokens)
+
+
+def _output_of(sae: SAE[Any]) -> Replacement:
+    return lambda x, _y: sae(x.to(sae.W_dec))
 
 
 def layers_in(folder: str | Path) -> dict[int, SAE[Any]]:

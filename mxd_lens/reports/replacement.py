@@ -43,8 +43,8 @@ def write_replacement_page(path: str | Path, reports: Mapping[str, ReplacementRe
     return write_page(
         path,
         f"{first.model_name} with its MLPs replaced",
-        f"{len(first.blocks)} blocks have layers. Unmodified, the model has {first.ce_loss:.3f} nats per token "
-        f"on {first.n_tokens:,} tokens in {first.n_sequences:,} sequences.",
+        f"{len(first.blocks)} blocks have layers. Unmodified, the model has {first.ce_loss:.3f} nats per "
+        f"token on {first.n_tokens:,} tokens in {first.n_sequences:,} sequences.",
         [
             Section(
                 "Errors as blocks are replaced one by one",
@@ -64,7 +64,7 @@ def write_replacement_png(path: str | Path, reports: Mapping[str, ReplacementRep
 
 
 def replacement_figure(reports: Mapping[str, ReplacementReport]) -> go.Figure:
-    """Added cross-entropy and KL against the number of blocks replaced, from the first on and the last back."""
+    """Added cross-entropy and KL against the number of blocks replaced."""
     first = _first(reports)
     orders: list[Order] = [order for order in get_args(Order) if first.curve(order, "layers")]
     titles = [f"{quantity}: {order} blocks first" for order in orders for quantity in QUANTITIES]

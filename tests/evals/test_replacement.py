@@ -23,14 +23,18 @@ def model(request, tiny_folder):
 
 @pytest.fixture
 def layers(model):
-    return {block: random_layer(model, block, kind) for block, kind in enumerate(("mxd", "skip", "transcoder"))}
+    return {
+        block: random_layer(model, block, kind) for block, kind in enumerate(("mxd", "skip", "transcoder"))
+    }
 
 
 def by_hand(folder, replacements):
     """transformers' own model with MLP modules' outputs replaced: {block: function of (x, y)}."""
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     handles = [
-        hf.model.layers[block].mlp.register_forward_hook(lambda _m, args, y, change=change: change(args[0], y))
+        hf.model.layers[block].mlp.register_forward_hook(
+            lambda _m, args, y, change=change: change(args[0], y)
+        )
         for block, change in replacements.items()
     ]
     with torch.no_grad():

@@ -43,5 +43,7 @@ def random_layer(model, block, kind, dtype=torch.float64, k=4, **settings):
     )
     generator = torch.Generator().manual_seed(block)
     for parameter in layer.parameters():
-        parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(dtype)
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(
+            dtype
+        )
     return layer
