@@ -147,7 +147,7 @@ def evaluate_replacement(
     text: Text,
     counts: Sequence[int] | None = None,
     orders: Collection[Order] = get_args(Order),
-    baselines: Collection[Baseline] = ("mean",),
+    baselines: Collection[Baseline] = get_args(Baseline)[:1],
     batch_size: int = 8,
     progress: bool = True,
 ) -> ReplacementReport:
