@@ -148,7 +148,7 @@ class SecondPass:
         ids = [self.firings.experts[slot] for slot in self.fires]
         self.token_ids = torch.zeros(0, 0, dtype=torch.long)
         self.mean_logits = torch.zeros(0, 0)
-        if ids and k and sae.W_dec.shape[1] == len(W_U):
+        if ids and k and len(sae.b_dec) == len(W_U):
             up, down = extreme_logits(model, self.firings.statistics.mean_direction(ids), k)
             self.mean_logits, self.token_ids = (torch.cat(pair, dim=1) for pair in zip(up, down, strict=True))
 
