@@ -114,7 +114,7 @@ for (const button of document.querySelectorAll("[data-copy]")) {
 const link = (rel) => document.querySelector(`nav a[rel=${rel}]:not([hidden])`);
 const search = document.getElementById("search");
 const state = new URLSearchParams(location.hash.slice(1));
-const asHash = () => (state.toString() ? `#${state}` : "");
+const asHash = () => (state.size ? `#${state}` : "");
 if (state.get("sort") in beside) {
   beside[state.get("sort")].forEach((n, i) => {
     const a = document.querySelector(`nav a[rel=${["prev", "next"][i]}]`);

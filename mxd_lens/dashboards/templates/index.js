@@ -15,7 +15,7 @@ function remember(name, value) {
 // A page that is opened from here knows the order: its next one is the next here.
 body.addEventListener("click", (event) => {
   const link = event.target.closest("a");
-  if (link) link.href = `${link.getAttribute("href").split("#")[0]}#${state}`;
+  if (link) link.href = link.getAttribute("href").split("#")[0] + (state.size ? `#${state}` : "");
 }, true);
 
 // Search: every word must be in the row's text; a number is an id, or the beginning of one
