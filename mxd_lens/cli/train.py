@@ -178,7 +178,7 @@ KINDS: dict[str, tuple[type, Callable[[Any], Any] | None, dict[str, Any]]] = {
 
 def sentence(text: str) -> str:
     """A field's help as a sentence."""
-    return text.replace("`", "").rstrip(".") + "."
+    return re.sub(r" *\(default[^)]*\)", "", text).replace("`", "").rstrip(". ") + "."
 
 
 def panel(field: ConfigField) -> str:
