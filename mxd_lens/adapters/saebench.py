@@ -39,7 +39,6 @@ from typing_extensions import Self, override
 from mxd_lens.analysis.decomposition import encode_to_read, expert_directions
 from mxd_lens.architectures.base import PairedTranscoder
 from mxd_lens.architectures.inputs import EncodedInputs
-from mxd_lens.architectures.released import KeepsItsSkip
 from mxd_lens.evals.probing.probing import split
 from mxd_lens.evals.probing.tasks import LabelledTexts
 from mxd_lens.hooks.site import check_fits, hook_names
@@ -133,7 +132,7 @@ class SAEBenchLayer(nn.Module):
             ValueError: SAELens' SkipTranscoder, whose decode loses its skip; or directions that do not fit.
         """
         super().__init__()
-        if isinstance(sae, SkipTranscoder) and not isinstance(sae, KeepsItsSkip):
+        if isinstance(sae, SkipTranscoder) and not isinstance(sae, PairedTranscoder):
             raise ValueError(
                 f"{type(sae).__name__} of SAELens decodes without its skip connection: load it as "
                 f"mxd_lens.{type(sae).__name__}."
@@ -183,7 +182,7 @@ class SAEBenchLayer(nn.Module):
     def decode(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_out"]:
         """The layer's output, from what `encode` returned or an edited copy of it."""
         a, x = feature_acts / self.scale, self._encoded.resolve(feature_acts, None)
-        knows_input = isinstance(self.sae, (PairedTranscoder, KeepsItsSkip))
+        knows_input = isinstance(self.sae, PairedTranscoder)
         return self.sae.decode(a, x) if knows_input else self.sae.decode(a)
 
     @override

@@ -21,7 +21,8 @@ configuration, and both in training; it ends in `register_architecture`. The lin
 |---|---|
 | `initialize_weights` | it has parameters of its own |
 | `expert_input`, `mixture`, `experts_out`, `skip_out` | its output is not C^T a + b |
-| `coefficients`, `get_activation_fn` | its gate is not TopK or relu |
+| `coefficients`, `activate` | its gate is not TopK or relu |
+| `training_coefficients` | its gate is another one in training |
 | `fold_standardization`, `scaled_output` | it has parameters of its own |
 | `formula`, `gate_formula`, `title`, `about`, `unit`, `dense_parts` | a card should describe it |
 | `expert_weight`, `singular_values` | its experts are not directions |
@@ -32,7 +33,7 @@ counts the parameters of the layer.
 """
 
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -43,11 +44,12 @@ from sae_lens.constants import DTYPE_TO_STR, SAE_CFG_FILENAME
 from sae_lens.loading import pretrained_saes_directory
 from sae_lens.loading.pretrained_sae_loaders import PretrainedSaeDiskLoader
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY, get_sae_class
+from sae_lens.saes import topk_sae
 from sae_lens.saes.sae import SAE, SAEMetadata
-from sae_lens.saes.topk_sae import TopK
 from sae_lens.saes.transcoder import Transcoder, TranscoderConfig
 from sae_lens.util import filter_valid_dataclass_fields
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformer_lens.hook_points import HookPoint
 from typing_extensions import Self, override
 
@@ -55,6 +57,7 @@ from mxd_lens.architectures.inputs import EncodedInputs
 from mxd_lens.architectures.saved import download_layer, few, hub_errors, read_folder, shown
 from mxd_lens.sparse import topk_gate
 from mxd_lens.sparse.coefficients import Active, Coefficients, Dense
+from mxd_lens.sparse.selection import largest
 
 C = TypeVar("C", bound="PairedTranscoderConfig")
 
@@ -142,7 +145,8 @@ class PairedTranscoderConfig(TranscoderConfig):
         Raises:
             ValueError: a layer of one expert has more.
         """
-        one, two = (cls(**{**settings, "k": 1, "d_sae": d_sae}).n_parameters for d_sae in (1, 2))
+        k = {} if settings.get("k", 1) is None or cls.__dataclass_fields__["k"].default is None else {"k": 1}
+        one, two = (cls(**{**settings, **k, "d_sae": d_sae}).n_parameters for d_sae in (1, 2))
         if n_parameters < one:
             raise ValueError(
                 f"A layer of architecture {cls.architecture()!r} with one expert has {one:,} parameters, and "
@@ -168,20 +172,19 @@ def check_metadata(metadata: SAEMetadata) -> None:
 
 
 WRITES = frozenset(("expert_input", "mixture", "experts_out"))
-"""The methods that make an expert's output."""
-COMPUTES = WRITES | {"hidden", "skip_out", "coefficients", "get_activation_fn", "encode", "decode", "forward"}
-"""The methods that make the layer's output."""
+"""The methods that make what an expert writes."""
+GATES = frozenset(("coefficients", "activate", "get_activation_fn", "encode"))
+"""The methods that make its coefficient."""
 
 
-def _no_formula(_: "PairedTranscoder") -> list[str]:
-    return []
+def _not_said(says: str) -> Any:
+    def method(self: "PairedTranscoder", *_: Any) -> Any:
+        raise NotImplementedError(
+            f"{type(self).__name__} computes something of its own and does not say its {says}: define {says} "
+            "in the class."
+        )
 
-
-def _no_expert_weight(self: "PairedTranscoder", n: int) -> Tensor:
-    raise NotImplementedError(
-        f"{type(self).__name__} computes its experts' outputs in its own way: define expert_weight(n) in it, "
-        f"expert {n} as a matrix from what it reads to the output."
-    )
+    return method
 
 
 def _singular_values_of_expert_weight(
@@ -192,12 +195,13 @@ def _singular_values_of_expert_weight(
 
 
 SAYS: dict[str, tuple[frozenset[str], Any]] = {
-    "formula": (COMPUTES, _no_formula),
-    "expert_weight": (WRITES, _no_expert_weight),
+    "formula": (WRITES | {"hidden", "skip_out", "decode", "forward"}, _not_said("formula")),
+    "gate_formula": (GATES, _not_said("gate_formula")),
+    "expert_weight": (WRITES, _not_said("expert_weight")),
     "singular_values": (WRITES | {"expert_weight"}, _singular_values_of_expert_weight),
 }
-"""What a class says about itself, the methods it depends on, and what stands for it where a class overrides
-one of these and does not say it anew."""
+"""What a class says about itself, the methods that it tells of, and what it says where it overrides one of
+these and does not say it anew."""
 
 
 class PairedTranscoder(Transcoder):
@@ -235,13 +239,21 @@ class PairedTranscoder(Transcoder):
 
     # The formula
 
+    def pre_activations(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """x W_enc + b_enc, rounded once, as where only the active experts are computed."""
+        return F.linear(x, self.W_enc.T, self.b_enc)
+
+    def activate(self, pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+        """a of dense pre-activations."""
+        return self.activation_fn(pre)
+
     def coefficients(self, x: Float[Tensor, "*batch d_in"]) -> Coefficients:
         """a of the input x, differentiable; no dense [..., d_sae] is made where k experts are active.
 
         The same coefficients as `encode`'s, without its hook points.
         """
         if self.cfg.k is None:
-            return Dense(torch.relu(x @ self.W_enc + self.b_enc))
+            return Dense(self.activate(self.pre_activations(x)))
         return Active(*topk_gate(x, self.W_enc, self.b_enc, self.cfg.k), self.cfg.d_sae)
 
     def expert_input(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch s"]:
@@ -291,7 +303,8 @@ class PairedTranscoder(Transcoder):
     def formula(self) -> list[str]:
         """The layer as lines of Python, in the names of its weights; the last line is the output.
 
-        No lines where a class computes something of its own and does not say what.
+        Raises:
+            NotImplementedError: a class computes something of its own and does not say what.
         """
         return [self.gate_formula(), "y = a @ W_dec + b_dec"]
 
@@ -310,7 +323,7 @@ class PairedTranscoder(Transcoder):
 
         Raises:
             IndexError: there is no expert n.
-            NotImplementedError: a class computes its experts' outputs in its own way and does not define it.
+            NotImplementedError: a class computes something of its own and does not say what.
         """
         return self.W_dec[self.check_expert(n)].unsqueeze(0)
 
@@ -328,7 +341,7 @@ class PairedTranscoder(Transcoder):
     # Weights
 
     @override
-    def get_activation_fn(self) -> nn.Module:
+    def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
         return nn.ReLU() if self.cfg.k is None else TopK(self.cfg.k)
 
     @override
@@ -411,8 +424,8 @@ class PairedTranscoder(Transcoder):
         The tensor returned carries its input with it: `decode(a)` uses x again as long as `a` lives.
         """
         sae_in = self.process_sae_in(x)
-        hidden_pre = self.hook_sae_acts_pre(sae_in @ self.W_enc + self.b_enc)
-        feature_acts = self.hook_sae_acts_post(self.activation_fn(hidden_pre))
+        hidden_pre = self.hook_sae_acts_pre(self.pre_activations(sae_in))
+        feature_acts = self.hook_sae_acts_post(self.activate(hidden_pre))
         self._encoded.remember(feature_acts, sae_in)
         return feature_acts
 
@@ -596,6 +609,16 @@ class PairedTranscoder(Transcoder):
                 )
         folder = download_layer(release, sae_id, revision, force_download)
         return cls.load_from_disk(folder, device=device, dtype=dtype, **kwargs)
+
+
+class TopK(topk_sae.TopK):
+    """SAELens' TopK that chooses the same experts as the sparse gate, ties included."""
+
+    @override
+    def forward(self, x: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+        rows = x.reshape(-1, x.shape[-1])
+        values, experts = largest(rows, self.k)
+        return torch.zeros_like(rows).scatter(-1, experts, values.relu()).view(x.shape)
 
 
 def expert_by_expert(W_enc: Float[Tensor, "d_in d_sae"]) -> Float[Tensor, "d_in d_sae"]:

@@ -124,8 +124,9 @@ def front_matter(architectures: Iterable[str], base_model: str | None, license: 
 
 def formula(sae: PairedTranscoder) -> str:
     """The layer as Python in the names of its weights, and what its experts write."""
-    lines = "\n".join(sae.formula())
-    if not lines:
+    try:
+        lines = "\n".join(sae.formula())
+    except NotImplementedError:
         return f"{type(sae).__name__} computes something of its own, and its code does not state the formula."
     return f"```python\n{lines}\n```\n\n{sae.about}"
 

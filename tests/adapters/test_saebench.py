@@ -20,9 +20,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformer_lens import HookedTransformer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from mxd_lens import SkipTranscoder as KeptSkipTranscoder
+from mxd_lens import SkipTranscoderConfig as KeptSkipTranscoderConfig
 from mxd_lens import TopKTranscoder, TopKTranscoderConfig, evaluate, expert_statistics, load_model
 from mxd_lens.adapters.saebench import InputsOfOutputs, SAEBenchLayer, for_sae_bench
-from mxd_lens.architectures.released import SkipTranscoder as KeptSkipTranscoder
 
 BOS, PAD = 1, 2
 sae_bench = pytest.mark.skipif(
@@ -53,9 +54,7 @@ def transcoder(d_sae: int = 30, std: float = 0.5) -> TopKTranscoder:
 def kept_skip() -> KeptSkipTranscoder:
     metadata = SAEMetadata(hook_name=HOOK_IN, hook_name_out=HOOK_OUT)
     layer = KeptSkipTranscoder(
-        SkipTranscoderConfig(
-            d_in=D_MODEL, d_out=D_MODEL, d_sae=24, apply_b_dec_to_input=False, metadata=metadata
-        )
+        KeptSkipTranscoderConfig(d_in=D_MODEL, d_out=D_MODEL, d_sae=24, metadata=metadata)
     )
     with torch.random.fork_rng():
         torch.manual_seed(2)
@@ -165,7 +164,15 @@ def test_the_mean_direction_of_an_experts_contributions(tiny_model, tokens):
 
 def test_what_cannot_be_shown_to_saebench(tiny_model):
     other = random_mxd(D_MODEL, "blocks.2.mlp.hook_in", "blocks.2.hook_mlp_out")
-    plain = SkipTranscoder(kept_skip().cfg)
+    plain = SkipTranscoder(
+        SkipTranscoderConfig(
+            d_in=D_MODEL,
+            d_out=D_MODEL,
+            d_sae=24,
+            apply_b_dec_to_input=False,
+            metadata=kept_skip().cfg.metadata,
+        )
+    )
     for saes, options, message in (
         ({"a": random_mxd(D_MODEL), "b": other}, {}, "one hook point at a time"),
         ({"a": plain}, {}, "load it as mxd_lens.SkipTranscoder"),

@@ -19,6 +19,7 @@ from sae_lens import SAE, TopKSAE, TopKSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from small_layers import sizes_of
 
 from mxd_lens import FaithfulnessReport, MxD, TrainingMxD, TrainingMxDConfig
 from mxd_lens.architectures import ARCHITECTURES
@@ -38,7 +39,7 @@ NAMES = list(ARCHITECTURES)
 
 def random_layer(architecture: str = "mxd", seed: int = 0, **changes: Any) -> Any:
     layer_class, config_class, _, _ = ARCHITECTURES[architecture]
-    widths = {"d_in": 4, "d_out": 5, "d_sae": 12, "k": 2} | ({"d_hidden": 3} if "mxd" in architecture else {})
+    widths = {"d_in": 4, "d_out": 5, "d_sae": 12, "k": 2} | sizes_of(config_class)
     metadata = SAEMetadata(model_name="gpt2", hook_name=HOOK_IN, hook_name_out=HOOK_OUT)
     layer = layer_class(config_class(**(widths | {"metadata": metadata} | changes)))
     generator = torch.Generator().manual_seed(seed)
