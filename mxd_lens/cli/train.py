@@ -294,7 +294,7 @@ def train(
     from mxd_lens.training.multi_runner import MultiTranscoderTrainingRunner
 
     rows = split_text(load_text(text, streaming=False))[0] if hold_out else None
-    language_model = load_language_model(model, device, bridge)
+    language_model = load_language_model(model, given.get("llm_device") or device, bridge)
     wanted = wanted or members(layers, architectures, k, seeds, language_model.cfg.n_layers)
     given |= {"model_name": model, "dataset_path": text, "device": best_device(device), "dtype": dtype}
     if keep_special_tokens:
