@@ -145,7 +145,9 @@ class Frontier:
                     values = [[getattr(report, quantity) for report in reports] for quantity in quantities]
                     cells = [f"{mean(v):.3f} ({min(v):.3f} to {max(v):.3f})" for v in values]
                     rows.append([title, str(k), str(len(reports)), *cells])
-        return table(["", "K", "seeds", "normalised MSE", "explained by experts", "cross-entropy added"], rows)
+        return table(
+            ["", "K", "seeds", "normalised MSE", "explained by experts", "cross-entropy added"], rows
+        )
 
 
 def mean_of(reports: list[Report]) -> Report:
