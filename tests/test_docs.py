@@ -70,7 +70,7 @@ def runnable() -> Iterator[object]:
     for page in PAGES:
         code = "".join(block.code for block in blocks(page) if block.runs)
         if code:
-            marks = [pytest.mark.real_model] if models.SMOLLM2 in code else []
+            marks = [pytest.mark.real_model, pytest.mark.slow] if models.SMOLLM2 in code else []
             yield pytest.param(page, id=page_id(page), marks=marks)
 
 
