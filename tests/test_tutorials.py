@@ -50,7 +50,7 @@ def test_a_notebook_names_no_folder_of_a_machine(path: Path):
 
 @each_notebook
 def test_a_notebook_is_a_lesson(path: Path):
-    """It opens with the question it answers and a picture, and ends with two exercises and where to go next."""
+    """It opens with its question and a picture, and ends with two exercises and where to go next."""
     cells = nbformat.read(path, as_version=4).cells
     assert "**Question.**" in cells[0].source
     third = cells[: max(2, -(-len(cells) // 3))]
