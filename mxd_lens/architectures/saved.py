@@ -32,6 +32,9 @@ from sae_lens.util import str_to_dtype
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+STANDARDIZATION = "standardization."
+"""Begins the names of what a checkpoint in training says about its activations: mean, scale, target_scale."""
+
 FLOATS = ("F64", "F32", "F16", "BF16")
 """What weights are stored as, in safetensors' names."""
 
@@ -60,7 +63,13 @@ def read_folder(
                 f"{reprlib.repr(config.get(name))}, not one of {', '.join(known)}."
             )
     config |= {"device": device, **(cfg_overrides or {})}
-    return config, read_weights(folder / SAE_WEIGHTS_FILENAME, device, str_to_dtype(config["dtype"]))
+    dtype = str_to_dtype(config["dtype"])
+    weights = read_weights(folder / SAE_WEIGHTS_FILENAME, device, dtype)
+    if (beside := folder / "standardizer.safetensors").is_file():
+        # Checkpoints of mxd_lens 0.1.0 before its release kept it in a file of its own.
+        statistics = read_weights(beside, device, dtype)
+        weights |= {f"{STANDARDIZATION}{name}": value for name, value in statistics.items()}
+    return config, weights
 
 
 def read_json(file: Path, what: str = "the configuration of a layer") -> dict[str, Any]:

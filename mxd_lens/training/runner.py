@@ -59,8 +59,11 @@ class LayerRun:
         )
         self.trainer.n_checkpoints_kept = cfg.n_checkpoints_kept
         if cfg.standardize_activations:
+            trained = override_sae is not None or cfg.from_pretrained_path is not None
             is_transcoder = isinstance(self.sae, TrainingPairedTranscoder)
-            self.trainer.activation_scaler = Standardizer(self.sae) if is_transcoder else FirstBatchScaler()
+            self.trainer.activation_scaler = (
+                Standardizer(self.sae, trained) if is_transcoder else FirstBatchScaler()
+            )
         metadata = self.sae.cfg.metadata
         for name in IN_METADATA:
             metadata[name] = getattr(cfg, name)

@@ -1,17 +1,12 @@
 """Training on standardised activations, whose scale the weights take over at the end."""
 
-from pathlib import Path
-
 import torch
 from jaxtyping import Float
 from sae_lens.training.activation_scaler import ActivationScaler
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typing_extensions import override
 
 from mxd_lens.architectures.training import TrainingPairedTranscoder
-
-STANDARDIZER_FILENAME = "standardizer.safetensors"
 
 
 class Standardizer(ActivationScaler):
@@ -25,23 +20,31 @@ class Standardizer(ActivationScaler):
     for the weights that read x, and most experts are dead after a few hundred of them.
     """
 
-    def __init__(self, sae: TrainingPairedTranscoder) -> None:
+    def __init__(self, sae: TrainingPairedTranscoder, trained: bool = False) -> None:
+        """
+        Args:
+            sae: the layer, whose `standardization` holds the statistics once there are any.
+            trained: whether its weights are those of a trained layer, for the activations as they are.
+        """
         super().__init__()
-        self.sae = sae
-        self.statistics: dict[str, Tensor] | None = None
-        """mean, scale and target_scale, once there was a batch to take them from."""
+        self.sae, self.trained = sae, trained
 
     @torch.no_grad()
     def estimate(self, pairs: Float[Tensor, "batch d_in_plus_d_out"]) -> None:
-        """Takes the statistics of a batch, and lets b_dec start at its mean target."""
+        """Takes the statistics of a batch. An untrained layer's b_dec starts at its mean target; a trained
+        layer becomes the same layer for standardised activations."""
         x, y = pairs.float().split([self.sae.cfg.d_in, self.sae.cfg.d_out], dim=-1)
         mean, target_scale = x.mean(0), scale_of(y)
-        self.statistics = {"mean": mean, "scale": scale_of(x - mean), "target_scale": target_scale}
-        self.sae.b_dec.copy_(y.mean(0) / target_scale)
+        self.sae.standardization = {"mean": mean, "scale": scale_of(x - mean), "target_scale": target_scale}
+        # Where the output does not depend on the input yet, there is nothing to keep.
+        if self.trained and (self.sae(x) - self.sae.b_dec).any():
+            self.sae.unfold_standardization(**self.sae.standardization)
+        else:
+            self.sae.b_dec.copy_(y.mean(0) / target_scale)
 
     @override
     def scale(self, acts: Float[Tensor, "batch d_in_plus_d_out"]) -> Tensor:
-        if self.statistics is None:
+        if self.sae.standardization is None:
             self.estimate(acts)
         mean, scale, target_scale = self._on(acts)
         x, y = acts.split([self.sae.cfg.d_in, self.sae.cfg.d_out], dim=-1)
@@ -55,26 +58,14 @@ class Standardizer(ActivationScaler):
 
     def fold(self) -> None:
         """Makes the layer one for the activations as they are."""
-        if self.statistics is not None:
-            self.sae.fold_standardization(**self.statistics)
-
-    @override
-    def save(self, file_path: str) -> None:
-        super().save(file_path)
-        if self.statistics is not None:
-            save_file(self.statistics, Path(file_path).with_name(STANDARDIZER_FILENAME))
-
-    @override
-    def load(self, file_path: str | Path) -> None:
-        super().load(file_path)
-        file = Path(file_path).with_name(STANDARDIZER_FILENAME)
-        self.statistics = load_file(file, str(self.sae.device)) if file.exists() else None
+        if self.sae.standardization is not None:
+            self.sae.fold_standardization(**self.sae.standardization)
+            self.sae.standardization = None
 
     def _on(self, acts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        assert self.statistics is not None  # there was a first batch
-        mean, scale, target_scale = (
-            self.statistics[name].to(acts) for name in ("mean", "scale", "target_scale")
-        )
+        statistics = self.sae.standardization
+        assert statistics is not None  # there was a first batch
+        mean, scale, target_scale = (statistics[name].to(acts) for name in ("mean", "scale", "target_scale"))
         return mean, scale, target_scale
 
 

@@ -36,10 +36,10 @@ def test_folded_it_is_the_same_layer(cfg, training) -> None:
     pairs = 3 * torch.randn(50, D_IN + D_OUT, dtype=torch.float64) + torch.arange(D_IN + D_OUT)
     scaler = Standardizer(layer)
     standardised = scaler(pairs)
-    expected = layer(standardised[:, :D_IN]) * scaler.statistics["target_scale"]
+    expected = layer(standardised[:, :D_IN]) * layer.standardization["target_scale"]
     acts = layer.encode(standardised[:, :D_IN])
     folded = copy.deepcopy(layer)
-    folded.fold_standardization(**scaler.statistics)
+    folded.fold_standardization(**layer.standardization)
     torch.testing.assert_close(folded(pairs[:, :D_IN]), expected, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(folded.encode(pairs[:, :D_IN]), acts, rtol=1e-10, atol=1e-10)
     if layer.unit_rows:
@@ -58,7 +58,7 @@ def test_what_the_layer_is_trained_on() -> None:
     assert y.norm(dim=1).mean().item() == pytest.approx(D_OUT**0.5, rel=1e-5)
     torch.testing.assert_close(layer.b_dec, y.mean(0), rtol=1e-5, atol=1e-5)
     again = first(pairs + 1)  # the statistics stay those of the first batch
-    torch.testing.assert_close(again[:, :D_IN] - x, torch.full_like(x, 1) / first.statistics["scale"])
+    torch.testing.assert_close(again[:, :D_IN] - x, torch.full_like(x, 1) / layer.standardization["scale"])
 
 
 @pytest.mark.parametrize("target", [0.0, 2.0])
