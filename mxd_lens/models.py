@@ -7,10 +7,10 @@ import hashlib
 import importlib.util
 import inspect
 import io
+import json
 import logging
 import os
 import re
-import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, overload
 
 import torch
+from jaxtyping import Float
 from platformdirs import user_cache_path
 from sae_lens import SAE, HookedSAETransformer
 from sae_lens.util import get_special_token_ids, str_to_dtype
-from torch import nn
+from torch import Tensor, nn
 from transformer_lens import loading_from_pretrained as transformer_lens_loading
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,14 @@ PACKAGED_MODELS = {
 }
 """The language models that need no network, by name."""
 
+N_COMPARED = 16
+COMPARED = "The capital of France is Paris, and the largest city of Germany, by population, is Berlin."
+"""A converted model is compared with the original on the first 16 tokens of this, when it is loaded."""
+USE_A_BRIDGE = (
+    "A bridge runs transformers' own module: load_model(..., model_class=SAETransformerBridge), with "
+    "SAETransformerBridge from sae_lens.analysis.sae_transformer_bridge, or --bridge on the command line."
+)
+
 M = TypeVar("M")
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -95,6 +104,10 @@ def load_model(
 ) -> Any:
     """A hooked language model, its weights unprocessed (no norm folded, nothing centred).
 
+    A folder that TransformerLens converts (model_class HookedSAETransformer) is run on 16 tokens in
+    transformers and in TransformerLens, and refused if the predictions differ. These two forward passes take
+    about 1 s of processor time for SmolLM2-135M, a quarter of loading it.
+
     Args:
         name: a TransformerLens name ("gpt2"), a local Hugging Face folder, or "smollm2-135m-instruct" or
             "gemma-3-270m", which need no network (see `packaged_folder`).
@@ -105,7 +118,9 @@ def load_model(
     Raises:
         FileNotFoundError: `name` looks like a path and there is no model folder.
         ModuleNotFoundError: "smollm2-135m-instruct" or "gemma-3-270m" without the packages that bring it.
-        ValueError, OSError: a name that TransformerLens, or the hub, does not know.
+        ValueError: a name that TransformerLens does not know, or a folder that HookedTransformer cannot
+            load or would load as another model; SAETransformerBridge loads those.
+        OSError: a name that the hub does not know.
     """
     torch_dtype = str_to_dtype(dtype)
     folder = packaged_folder(str(name)) if str(name) in PACKAGED_MODELS else Path(name).expanduser()
@@ -349,6 +364,7 @@ def _plain_name(name: str) -> str:
     return re.split(r"[/\\]", name.rstrip("/\\"))[-1].lower()
 
 
+@torch.no_grad()
 def _hooked_transformer_from_folder(
     folder: Path,
     device: str | torch.device,
@@ -359,28 +375,70 @@ def _hooked_transformer_from_folder(
     """TransformerLens' own conversion, of a folder rather than of a name on its list.
 
     It reads some architectures' settings, as Gemma 3's, from a list of its own: by the `hub_name`.
+
+    Raises:
+        ValueError: TransformerLens cannot convert the model, or converts it into another one.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    hf_model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    # "eager" is how TransformerLens computes attention: in reduced precision the others round otherwise.
+    hf_model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    with tempfile.TemporaryDirectory() as neutral, _quiet():
-        # TransformerLens guesses the architecture from the words "llama" and "gemma" in the path
-        # before it reads the config: give it a path without words.
-        shutil.copy(folder / "config.json", neutral)
-        listed = hub_name if hub_name in transformer_lens_loading.OFFICIAL_MODEL_NAMES else None
-        cfg = transformer_lens_loading.get_pretrained_model_config(
-            listed or neutral, device=str(device), dtype=dtype
-        )
-        state_dict = transformer_lens_loading.get_pretrained_state_dict(neutral, cfg, hf_model, dtype=dtype)
-        cfg.model_name = folder.resolve().name
-        cfg.tokenizer_name = str(folder)
-        model = model_class(cfg, tokenizer, move_to_device=False)
-    model.load_and_process_state_dict(
-        state_dict, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
-    )
+    text = tokenizer(COMPARED, add_special_tokens=False).input_ids
+    ordinary = [  # padding would be masked
+        t for t in (*text, *range(hf_model.config.vocab_size)) if t not in tokenizer.all_special_ids
+    ]
+    tokens = torch.tensor([ordinary[:N_COMPARED]])
+    # transformers may keep its tensors, and TransformerLens' conversion change them: run it first.
+    expected = hf_model(tokens.to(hf_model.device)).logits.cpu()
+    try:
+        with tempfile.TemporaryDirectory() as neutral, _quiet():
+            # TransformerLens guesses the architecture from the words "llama" and "gemma" in the path
+            # before it reads the config: give it a path without words. It reads a setting of GPT-2 that
+            # transformers no longer writes.
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            if config.get("model_type") == "gpt2":
+                config.setdefault("n_ctx", hf_model.config.n_positions)
+            (Path(neutral) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+            listed = hub_name if hub_name in transformer_lens_loading.OFFICIAL_MODEL_NAMES else None
+            cfg = transformer_lens_loading.get_pretrained_model_config(
+                listed or neutral, device=str(device), dtype=dtype
+            )
+            state_dict = transformer_lens_loading.get_pretrained_state_dict(
+                neutral, cfg, hf_model, dtype=dtype
+            )
+            cfg.model_name = folder.resolve().name
+            cfg.tokenizer_name = str(folder)
+            model = model_class(cfg, tokenizer, move_to_device=False)
+            model.load_and_process_state_dict(
+                state_dict,
+                fold_ln=False,
+                center_writing_weights=False,
+                center_unembed=False,
+                fold_value_biases=False,
+            )
+    except Exception as e:
+        raise ValueError(
+            f"HookedTransformer cannot load {folder} ({type(e).__name__}: {e}). {USE_A_BRIDGE}"
+        ) from e
     model.move_model_modules_to_device()
+    divergence = _divergence(expected, model(tokens).cpu())
+    if not divergence < (1e-6 if torch.finfo(dtype).bits >= 32 else 5e-3):
+        raise ValueError(
+            f"TransformerLens converts {folder} into another model: on {N_COMPARED} tokens its predictions "
+            f"are {divergence:.2g} nats from those of transformers (KL divergence). {USE_A_BRIDGE}"
+        )
     return model
+
+
+def _divergence(
+    expected: Float[Tensor, "sequences positions vocabulary"],
+    got: Float[Tensor, "sequences positions vocabulary"],
+) -> float:
+    """KL(expected || got) of next-token distributions, in nats per token, over the tokens both know."""
+    n = min(expected.shape[-1], got.shape[-1])
+    p, q = (logits[..., :n].double().log_softmax(-1) for logits in (expected, got))
+    return (p.exp() * (p - q)).sum(-1).mean().item()
 
 
 @contextlib.contextmanager

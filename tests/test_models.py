@@ -15,7 +15,15 @@ import torch
 from conftest import HOOK_IN, HOOK_OUT
 from sae_lens import HookedSAETransformer
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    PhiConfig,
+    PretrainedConfig,
+)
 
 from mxd_lens import MxD, MxDConfig, ablate, load_model, models, steer
 from mxd_lens.models import (
@@ -60,6 +68,64 @@ def test_dtype(tiny_folder: Path, model_class: type, dtype: str | torch.dtype) -
     expected = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     assert {p.dtype for p in model.parameters()} == {expected}
     assert model(TOKENS).isfinite().all()
+
+
+def saved(folder: Path, config: PretrainedConfig, like: Path) -> Path:
+    """A random model of a configuration, with the tokenizer of another folder."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(like).save_pretrained(folder)
+    return folder
+
+
+SMALL = {
+    "vocab_size": 21,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mlp_bias": True},
+        {"attention_bias": True},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_conversion_into_another_model_is_refused(tiny_folder, tmp_path, changes, dtype) -> None:
+    folder = saved(tmp_path, LlamaConfig(**SMALL, **changes), tiny_folder)
+    with pytest.raises(ValueError, match=r"into another model: .* nats .*model_class=SAETransformerBridge"):
+        load_model(folder, dtype=dtype)
+    expected = AutoModelForCausalLM.from_pretrained(folder)(TOKENS).logits
+    torch.testing.assert_close(load_model(folder, model_class=SAETransformerBridge)(TOKENS), expected)
+
+
+def test_gpt2_as_transformers_saves_it_today(tiny_folder, tmp_path) -> None:
+    config = GPT2Config(vocab_size=21, n_embd=16, n_layer=2, n_head=2, n_positions=64)
+    folder = saved(tmp_path, config, tiny_folder)
+    assert "n_ctx" not in (folder / "config.json").read_text()
+    expected = AutoModelForCausalLM.from_pretrained(folder)(TOKENS).logits
+    torch.testing.assert_close(load_model(folder)(TOKENS), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("config_class", [PhiConfig, GemmaConfig])
+def test_what_hooked_transformer_cannot_load_names_the_bridge(tiny_folder, tmp_path, config_class) -> None:
+    folder = saved(tmp_path, config_class(**SMALL), tiny_folder)
+    with pytest.raises(ValueError, match=r"HookedTransformer cannot load .* --bridge on the command line"):
+        load_model(folder)
 
 
 def test_the_tokenizer_comes_with_the_model(tiny_folder: Path) -> None:
