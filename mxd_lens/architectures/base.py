@@ -399,6 +399,7 @@ class PairedTranscoder(Transcoder):
         target_scale: Float[Tensor, ""],
     ) -> None:
         """Turns a layer for (x, y) into the same one for ((x - mean) / scale, y / target_scale)."""
+        mean, scale, target_scale = mean.double(), scale.double(), target_scale.double()
         self.fold_standardization(-mean / scale, 1 / scale, 1 / target_scale)
 
     def scale_experts(self, factor: Float[Tensor, ""]) -> None:
@@ -543,12 +544,13 @@ class PairedTranscoder(Transcoder):
             for name in list(state_dict)
             if name.startswith(STANDARDIZATION)
         }
-        if self._unfolded and {name: tuple(t.shape) for name, t in self._unfolded.items()} != {
-            "mean": (self.cfg.d_in,),
-            "scale": (),
-            "target_scale": (),
-        }:
-            raise ValueError("the standardisation of the activations in this file is damaged.")
+        shapes = {"mean": (self.cfg.d_in,), "scale": (), "target_scale": ()}
+        if self._unfolded and (
+            {name: tuple(value.shape) for name, value in self._unfolded.items()} != shapes
+            or not all(value.isfinite().all() for value in self._unfolded.values())
+            or not (self._unfolded["scale"] > 0 and self._unfolded["target_scale"] > 0)
+        ):
+            raise ValueError("The standardisation of the activations in this file is damaged.")
         expected = {name: tuple(p.shape) for name, p in self.state_dict().items()}
         got = {name: tuple(p.shape) for name, p in state_dict.items()}
         wrong = [

@@ -59,16 +59,12 @@ class TopKTranscoder(PairedTranscoder):
     def coefficients(self, x: Float[Tensor, "*batch d_in"]) -> Coefficients:
         if self.cfg.relu or self.cfg.k is None:
             return super().coefficients(x)
-        values, features = (x @ self.W_enc + self.b_enc).topk(self.cfg.k, dim=-1, sorted=False)
+        values, features = self.pre_activations(x).topk(self.cfg.k, dim=-1, sorted=False)
         return Active(values, features, self.cfg.d_sae)
 
     @override
     def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
         return super().get_activation_fn() if self.cfg.relu or self.cfg.k is None else RawTopK(self.cfg.k)
-
-    @override
-    def formula(self) -> list[str]:
-        return super().formula()
 
     @override
     def gate_formula(self) -> str:
