@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, overload
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from platformdirs import user_cache_path
 from sae_lens import SAE, HookedSAETransformer
 from sae_lens.util import get_special_token_ids, str_to_dtype
@@ -317,6 +317,13 @@ def special_token_ids(model: Any, exclude: bool | list[int] | None) -> list[int]
     if not exclude:
         return []
     return sorted(get_special_token_ids(model.tokenizer) if exclude is True else exclude)
+
+
+def ordinary_tokens(
+    model: Any, tokens: Int[torch.Tensor, "*batch positions"], exclude: bool | list[int] | None
+) -> Bool[torch.Tensor, "*batch positions"]:
+    """Which tokens are none of those that `exclude_special_tokens` means."""
+    return ~torch.isin(tokens, torch.tensor(special_token_ids(model, exclude)).to(tokens))
 
 
 def past_length(block_inputs: Sequence[Any], layer: int) -> int | None:

@@ -32,6 +32,7 @@ same holds for the experts' weights. Its matched size needs nothing: `PairedTran
 counts the parameters of the layer.
 """
 
+import operator
 import reprlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -54,7 +55,7 @@ from transformer_lens.hook_points import HookPoint
 from typing_extensions import Self, override
 
 from mxd_lens.architectures.inputs import EncodedInputs
-from mxd_lens.architectures.saved import STANDARDIZATION, download_layer, few, hub_errors, read_folder, shown
+from mxd_lens.architectures.saved import few, hub_errors, locate, read_folder, shown
 from mxd_lens.sparse import topk_gate
 from mxd_lens.sparse.coefficients import Active, Coefficients, Dense
 from mxd_lens.sparse.selection import largest
@@ -171,6 +172,33 @@ def check_metadata(metadata: SAEMetadata) -> None:
             raise ValueError(f"metadata.{name} must be a name, got {reprlib.repr(settings[name])}.")
 
 
+def expert_ids(layer: SAE[Any], experts: int | Iterable[int] | Int[Tensor, " n"] | None) -> Int[Tensor, " n"]:
+    """Expert ids as a tensor on the layer's device; all of them for None.
+
+    Raises:
+        IndexError: there is no such expert.
+        TypeError: they are no integers; a mask, for one.
+    """
+    device, d_sae = layer.W_dec.device, layer.cfg.d_sae
+    if experts is None:
+        return torch.arange(d_sae, device=device)
+    if not isinstance(experts, Tensor):
+        experts = (
+            list(experts) if isinstance(experts, Iterable) and not isinstance(experts, str) else [experts]
+        )
+        for n in experts:
+            if isinstance(n, bool) or not hasattr(n, "__index__"):
+                raise TypeError(f"an expert is named by an integer, got {reprlib.repr(n)}.")
+        experts = torch.tensor([operator.index(n) for n in experts], dtype=torch.long)
+    if experts.is_floating_point() or experts.dtype == torch.bool:
+        raise TypeError(f"an expert is named by an integer, got a tensor of {experts.dtype}.")
+    ids = experts.to(device, torch.long).reshape(-1)
+    outside = ids[(ids < 0) | (ids >= d_sae)]
+    if len(outside):
+        raise IndexError(f"expert {int(outside[0])} does not exist: there are {d_sae}, from 0.")
+    return ids
+
+
 WRITES = frozenset(("expert_input", "mixture", "experts_out"))
 """The methods that make what an expert writes."""
 GATES = frozenset(("coefficients", "activate", "get_activation_fn", "encode"))
@@ -234,7 +262,6 @@ class PairedTranscoder(Transcoder):
         check_metadata(cfg.metadata)
         super().__init__(cfg)
         self._encoded = EncodedInputs()
-        self._unfolded: dict[str, Tensor] = {}
         self.hook_expert_out = HookPoint()
         self.setup()
 
@@ -260,6 +287,16 @@ class PairedTranscoder(Transcoder):
     def expert_input(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch s"]:
         """s, all that the experts' outputs depend on beside their coefficients. [..., 1] of ones here."""
         return x.new_ones(*x.shape[:-1], 1)
+
+    def linear_expert_input(
+        self, x: Float[Tensor, "*batch d_in"], at: Float[Tensor, "*batch d_in"]
+    ) -> Float[Tensor, "*batch s"]:
+        """s(x), with every nonlinearity held at the slope output / input that it has at `at`.
+
+        Affine in x, and s(at) at x = at: for attribution. s itself here, which is constant.
+        """
+        del at
+        return self.expert_input(x)
 
     def mixture(self, a: Coefficients) -> Float[Tensor, "*batch m"]:
         """m, all that the coefficients contribute to the output; linear in a. C^T a here."""
@@ -338,10 +375,8 @@ class PairedTranscoder(Transcoder):
         return self.W_dec.reshape(self.cfg.d_sae, -1).norm(dim=-1)
 
     def check_expert(self, n: int) -> int:
-        """n. Raises IndexError where there is no expert n."""
-        if not 0 <= n < self.cfg.d_sae:
-            raise IndexError(f"expert {n} does not exist: there are {self.cfg.d_sae}, from 0.")
-        return n
+        """n. Raises IndexError or TypeError where there is no expert n."""
+        return int(expert_ids(self, n))
 
     # Weights
 
@@ -390,17 +425,6 @@ class PairedTranscoder(Transcoder):
         self.fold_input_scale(self.W_enc, self.b_enc, mean, scale)
         self.scale_experts(target_scale)
         self.b_dec.mul_(target_scale)
-
-    @torch.no_grad()
-    def unfold_standardization(
-        self,
-        mean: Float[Tensor, " d_in"],
-        scale: Float[Tensor, ""],
-        target_scale: Float[Tensor, ""],
-    ) -> None:
-        """Turns a layer for (x, y) into the same one for ((x - mean) / scale, y / target_scale)."""
-        mean, scale, target_scale = mean.double(), scale.double(), target_scale.double()
-        self.fold_standardization(-mean / scale, 1 / scale, 1 / target_scale)
 
     def scale_experts(self, factor: Float[Tensor, ""]) -> None:
         """Multiplies what the experts write, in place and without gradients."""
@@ -528,8 +552,7 @@ class PairedTranscoder(Transcoder):
                 f"of W_dec have norms from {norms.min():.3g} to {norms.max():.3g}."
             )
 
-    # Saving and loading. Weights in the middle of a training run may be for standardised activations; their
-    # file holds the standardisation too, and whoever loads them gets a layer for the activations as they are.
+    # Saving and loading
 
     @override
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
@@ -539,18 +562,6 @@ class PairedTranscoder(Transcoder):
     @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_loading(state_dict)
-        self._unfolded = {
-            name.removeprefix(STANDARDIZATION): state_dict.pop(name)
-            for name in list(state_dict)
-            if name.startswith(STANDARDIZATION)
-        }
-        shapes = {"mean": (self.cfg.d_in,), "scale": (), "target_scale": ()}
-        if self._unfolded and (
-            {name: tuple(value.shape) for name, value in self._unfolded.items()} != shapes
-            or not all(value.isfinite().all() for value in self._unfolded.values())
-            or not (self._unfolded["scale"] > 0 and self._unfolded["target_scale"] > 0)
-        ):
-            raise ValueError("The standardisation of the activations in this file is damaged.")
         expected = {name: tuple(p.shape) for name, p in self.state_dict().items()}
         got = {name: tuple(p.shape) for name, p in state_dict.items()}
         wrong = [
@@ -570,14 +581,6 @@ class PairedTranscoder(Transcoder):
             if not torch.linalg.vector_norm(weight, ord=float("inf")).isfinite():
                 raise ValueError(f"{name} holds values that are not finite in {weight.dtype}.")
         state_dict["W_enc"] = expert_by_expert(state_dict["W_enc"])
-
-    @override
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        result = super().load_state_dict(*args, **kwargs)
-        if self._unfolded:
-            self.fold_standardization(**self._unfolded)
-            self._unfolded = {}
-        return result
 
     @classmethod
     @override
@@ -630,7 +633,8 @@ class PairedTranscoder(Transcoder):
         """Loads a layer, as SAELens' `SAE.from_pretrained`.
 
         Args:
-            release: a local folder, a Hugging Face `user/repo`, or a name in SAELens' directory.
+            release: a local folder, a Hugging Face `user/repo`, or a name in SAELens' directory. The files
+                may be of another library, as docs/guides/released.md lists them.
             sae_id: which layer of the release; for a local folder the subfolder, if any.
             device: where to put it.
             dtype: its dtype. None: the one it was saved in; from SAELens' directory, float32.
@@ -644,26 +648,26 @@ class PairedTranscoder(Transcoder):
             PermissionError: the repository is not one this token may read.
             ConnectionError: the hub cannot be reached, and the layer is not in its cache.
         """
-        folder = Path(release).expanduser() / (sae_id or "")
-        if folder.is_dir():
-            return cls.load_from_disk(folder, device=device, dtype=dtype)
+        if Path(release).expanduser().exists():
+            folder, reader = locate(release, sae_id)
+            return cls.load_from_disk(folder, device=device, dtype=dtype, converter=reader)
         directory = pretrained_saes_directory.get_pretrained_saes_directory()
         if sae_id is None and release in directory:
             ids = ", ".join(list(directory[str(release)].saes_map)[:5])
             raise FileNotFoundError(
                 f"{release} is a release: name the layer too, by its sae_id. It has {ids}."
             )
-        if sae_id is None or isinstance(release, Path) or Path(release).exists():
+        if sae_id is None or isinstance(release, Path):
             raise FileNotFoundError(
-                f"{folder} is not a folder; a release on the hub is named by its release and sae_id."
+                f"{release} is not a folder; a release on the hub is named by its release and sae_id."
             )
         if "converter" in kwargs or "/" not in release or release in directory:
             with hub_errors(release):
                 return super().from_pretrained(
                     release, sae_id, device, dtype or "float32", force_download, **kwargs
                 )
-        folder = download_layer(release, sae_id, revision, force_download)
-        return cls.load_from_disk(folder, device=device, dtype=dtype, **kwargs)
+        folder, reader = locate(release, sae_id, revision, force_download)
+        return cls.load_from_disk(folder, device=device, dtype=dtype, converter=reader, **kwargs)
 
 
 class TopK(topk_sae.TopK):

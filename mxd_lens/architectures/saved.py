@@ -8,7 +8,7 @@ import json
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -31,9 +31,6 @@ from sae_lens.registry import SAE_CLASS_REGISTRY
 from sae_lens.util import str_to_dtype
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-
-STANDARDIZATION = "standardization."
-"""Begins the names of what a checkpoint in training says about its activations: mean, scale, target_scale."""
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """What weights are stored as, in safetensors' names."""
@@ -63,13 +60,7 @@ def read_folder(
                 f"{reprlib.repr(config.get(name))}, not one of {', '.join(known)}."
             )
     config |= {"device": device, **(cfg_overrides or {})}
-    dtype = str_to_dtype(config["dtype"])
-    weights = read_weights(folder / SAE_WEIGHTS_FILENAME, device, dtype)
-    if (beside := folder / "standardizer.safetensors").is_file():
-        # Checkpoints of mxd_lens 0.1.0 before its release kept it in a file of its own.
-        statistics = read_weights(beside, device, dtype)
-        weights |= {f"{STANDARDIZATION}{name}": value for name, value in statistics.items()}
-    return config, weights
+    return config, read_weights(folder / SAE_WEIGHTS_FILENAME, device, str_to_dtype(config["dtype"]))
 
 
 def read_json(file: Path, what: str = "the configuration of a layer") -> dict[str, Any]:
@@ -114,6 +105,49 @@ def few(faults: list[str], at_most: int = 12) -> str:
     """The first of many faults, and how many more there are."""
     more = f"; and {len(faults) - at_most} more" if len(faults) > at_most else ""
     return "; ".join(faults[:at_most]) + more
+
+
+# Where a layer is
+
+
+class NoSuchLayerError(FileNotFoundError):
+    """A repository has no such layer in SAELens' format."""
+
+
+Loader = Callable[..., tuple[dict[str, Any], dict[str, Tensor]]]
+"""What reads a layer from a path; in SAELens' words, a disk loader."""
+
+other_formats: list[Callable[[str | Path, str | None, str | None, bool], Loader | None]] = []
+"""Finders of layers in other libraries' files, from a release, a sae_id, a revision, and whether to download
+again; `mxd_lens.pretrained.released` adds its own."""
+
+
+def locate(
+    release: str | Path, sae_id: str | None, revision: str | None = None, force_download: bool = False
+) -> tuple[Path, Loader]:
+    """Where a layer is, in a folder or on the hub, and what reads it.
+
+    Raises:
+        FileNotFoundError, PermissionError, ConnectionError: as `download_layer`.
+    """
+    folder = Path(release).expanduser() / (sae_id or "")
+    if all((folder / name).is_file() for name in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME)):
+        config = read_json(folder / SAE_CFG_FILENAME)
+        if "architecture" in config:
+            return folder, read_folder
+    if Path(release).expanduser().exists():
+        return folder, _other_loader(release, sae_id, revision, force_download) or read_folder
+    try:
+        return download_layer(str(release), sae_id or "", revision, force_download), read_folder
+    except NoSuchLayerError:
+        loader = _other_loader(release, sae_id, revision, force_download)
+        if loader is None:
+            raise
+        return folder, loader
+
+
+def _other_loader(*where: Any) -> Loader | None:
+    return next((loader for find in other_formats if (loader := find(*where)) is not None), None)
 
 
 # The Hugging Face hub
@@ -165,7 +199,7 @@ def download_layer(
             raise
         except EntryNotFoundError as e:
             known = layers_among(HfApi().list_repo_files(repo_id, revision=revision))
-            raise FileNotFoundError(
+            raise NoSuchLayerError(
                 f"{repo_id} has no layer {sae_id!r}. "
                 + (f"Its layers: {few(known)}." if known else "There is no layer in it.")
             ) from e

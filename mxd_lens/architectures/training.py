@@ -1,12 +1,10 @@
 """Training a layer with SAELens' trainer: what a configuration adds, the loss, one step."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
-from sae_lens.constants import SAE_WEIGHTS_FILENAME
 from sae_lens.saes.sae import (
     TrainCoefficientConfig,
     TrainingSAE,
@@ -14,12 +12,10 @@ from sae_lens.saes.sae import (
     TrainStepInput,
     TrainStepOutput,
 )
-from safetensors.torch import load_file
 from torch import Tensor
 from typing_extensions import override
 
 from mxd_lens.architectures.base import PairedTranscoder, PairedTranscoderConfig
-from mxd_lens.architectures.saved import STANDARDIZATION
 from mxd_lens.sparse.coefficients import Coefficients
 
 SHORTEST = 1e-3
@@ -67,8 +63,6 @@ class TrainingPairedTranscoder(PairedTranscoder, TrainingSAE[Any]):
     """
 
     cfg: TrainingPairedTranscoderConfig
-    standardization: dict[str, Tensor] | None = None
-    """mean, scale and target_scale of the activations that the weights are for, until they are folded."""
 
     @override
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
@@ -159,19 +153,3 @@ class TrainingPairedTranscoder(PairedTranscoder, TrainingSAE[Any]):
                 "targets_left_out": len(counts) - counts.sum(),
             },
         )
-
-    # Checkpoints
-
-    @override
-    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
-        super().process_state_dict_for_saving(state_dict)
-        for name, value in (self.standardization or {}).items():
-            state_dict[STANDARDIZATION + name] = value
-
-    @override
-    def load_weights_from_checkpoint(self, checkpoint_path: Path | str) -> None:
-        """The weights as they were trained, for standardised activations where they are for these."""
-        state_dict = load_file(Path(checkpoint_path) / SAE_WEIGHTS_FILENAME, str(self.device))
-        self.process_state_dict_for_loading(state_dict)
-        self.standardization, self._unfolded = self._unfolded or None, {}
-        self.load_state_dict(state_dict)

@@ -58,7 +58,7 @@ def test_every_point_is_there_and_is_what_evaluate_says(sweep, tiny_model, held_
         sae = SAE.load_from_disk(tmp_path / "sweep" / "trained" / point.name)
         assert sae.cfg.k == point.k
         for name, tokens in held_out.items():
-            assert point.reports[name] == evaluate(sae, tiny_model, tokens, progress=False)
+            assert point.reports[name] == evaluate(tiny_model, sae, tokens, progress=False)
     (one,) = result.select("other", 2, "skip_mxd", 4)
     assert one.hook_name == "blocks.2.mlp.hook_in"
     assert [r.l0 for r in result.select("same", 1, "topk_transcoder")] == pytest.approx([2, 4], abs=0.5)
@@ -127,13 +127,14 @@ def test_interrupted_it_goes_on(sweep, monkeypatch: pytest.MonkeyPatch, layers_a
 
 def test_asked_to_stop_it_saves(sweep, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     whole = sweep("whole", ks=[2])
-    record = MultiTranscoderTrainer._record
+    train_step = MultiTranscoderTrainer.train_step
 
-    def stopping(self: MultiTranscoderTrainer, *args: Any) -> None:
-        record(self, *args)
+    def stopping(self: MultiTranscoderTrainer) -> str:
+        text = train_step(self)
         self.stop.requested = self.n_training_steps == 13
+        return text
 
-    monkeypatch.setattr(MultiTranscoderTrainer, "_record", stopping)
+    monkeypatch.setattr(MultiTranscoderTrainer, "train_step", stopping)
     with pytest.raises(TrainingInterrupted, match=str(13 * 16)):
         sweep(ks=[2])
     assert [path.name for path in (tmp_path / "sweep" / "checkpoints").iterdir()] == [str(13 * 16)]
