@@ -154,7 +154,11 @@ class TrainingRun:
         self.error = torch.zeros((), device=first.device)
         self.graph: Any = None
         if on_gpu:
-            self._capture(pool)
+            try:
+                self._capture(pool)
+            except RuntimeError as e:
+                print(f"not captured, runs kernel by kernel: {e}", flush=True)
+                self.graph = None
 
     def _one_step(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -199,11 +203,13 @@ class TrainingRun:
         """One step on the rows chosen."""
         torch.index_select(rows, 0, chosen, out=self.batch)
         rate, group = self.rate(), self.optimizer.param_groups[0]
-        if self.graph is None:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
             group["lr"] = rate
+        if self.graph is None:
             self._one_step()
         else:
-            group["lr"].fill_(rate)
             self.graph.replay()
         self.errors[self.done] = self.error
         self.done += 1
