@@ -23,7 +23,7 @@ from rich.table import Table
 
 from benchmarks.train_step import Setting, added_resident_bytes, machine
 from mxd_lens import MxD, load_model
-from mxd_lens.cli import integers
+from mxd_lens.cli.options import integers
 from mxd_lens.dashboards.collect import collection
 from mxd_lens.dashboards.collect.collection import collect_dashboard
 from mxd_lens.dashboards.collect.data import CollectionConfig, DashboardData

@@ -21,7 +21,7 @@ from sae_lens.saes.sae import TrainingSAEConfig
 
 from experiments.wikitext import BOS, HELD_OUT, wikitext_sequences
 from mxd_lens import frontier, load_model
-from mxd_lens.cli import integers
+from mxd_lens.cli.options import integers
 from mxd_lens.evals.frontier import CONTENDERS, Contender, Size
 from mxd_lens.models import SMOLLM2
 from mxd_lens.reports.frontier import write_frontier_page, write_frontier_png

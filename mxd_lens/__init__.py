@@ -5,28 +5,36 @@ registered with SAELens when both packages are imported, in whichever order.
 """
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import wrapt
 
 if TYPE_CHECKING:
     from mxd_lens.adapters.saelens_metrics import saelens_metrics
-    from mxd_lens.analysis.decomposition import find_experts, top_experts
+    from mxd_lens.analysis.concepts import find_experts
+    from mxd_lens.analysis.logit_lens import logit_lens
+    from mxd_lens.analysis.prompt import top_experts
     from mxd_lens.analysis.statistics import ExpertStatistics, expert_statistics
-    from mxd_lens.analysis.weights import logit_lens
     from mxd_lens.architectures import (
         MOLT,
         AffineMxD,
         AffineMxDConfig,
         AffineSkipMxD,
         AffineSkipMxDConfig,
+        BatchTopKTranscoder,
+        BatchTopKTranscoderConfig,
         JumpReLUSkipTranscoder,
+        JumpReLUSkipTranscoderConfig,
+        JumpReLUTranscoder,
+        JumpReLUTranscoderConfig,
         MOLTConfig,
         MxD,
         MxDConfig,
         SkipMxD,
         SkipMxDConfig,
         SkipTranscoder,
+        SkipTranscoderConfig,
         TopKSkipTranscoder,
         TopKSkipTranscoderConfig,
         TopKTranscoder,
@@ -35,12 +43,20 @@ if TYPE_CHECKING:
         TrainingAffineMxDConfig,
         TrainingAffineSkipMxD,
         TrainingAffineSkipMxDConfig,
+        TrainingBatchTopKTranscoder,
+        TrainingBatchTopKTranscoderConfig,
+        TrainingJumpReLUSkipTranscoder,
+        TrainingJumpReLUSkipTranscoderConfig,
+        TrainingJumpReLUTranscoder,
+        TrainingJumpReLUTranscoderConfig,
         TrainingMOLT,
         TrainingMOLTConfig,
         TrainingMxD,
         TrainingMxDConfig,
         TrainingSkipMxD,
         TrainingSkipMxDConfig,
+        TrainingSkipTranscoder,
+        TrainingSkipTranscoderConfig,
         TrainingTopKSkipTranscoder,
         TrainingTopKSkipTranscoderConfig,
         TrainingTopKTranscoder,
@@ -49,8 +65,7 @@ if TYPE_CHECKING:
         matched_n_features,
     )
     from mxd_lens.dashboards.render import build_dashboard
-    from mxd_lens.evals.ablation import CarryReport, what_experts_carry
-    from mxd_lens.evals.autointerp import autointerp
+    from mxd_lens.evals.ablation import AblationReport, ablation_study, what_experts_carry
     from mxd_lens.evals.faithfulness import FaithfulnessReport, evaluate
     from mxd_lens.evals.frontier import frontier
     from mxd_lens.evals.probing.probing import sparse_probing
@@ -60,6 +75,7 @@ if TYPE_CHECKING:
     from mxd_lens.models import load_model
     from mxd_lens.pretrained.formats.paper import load_reference_checkpoint
     from mxd_lens.pretrained.hub import push_to_hub
+    from mxd_lens.pretrained.load import load_layer
     from mxd_lens.pretrained.registry import list_pretrained, register_release
     from mxd_lens.training.activations import PairedActivationsStore
     from mxd_lens.training.runner import TranscoderRunnerConfig, TranscoderTrainingRunner
@@ -73,10 +89,12 @@ _MODULES = (
     "hooks.steer",
     "pretrained.hub",
     "pretrained.formats.paper",
+    "pretrained.load",
     "pretrained.registry",
-    "analysis.decomposition",
+    "analysis.prompt",
+    "analysis.concepts",
     "analysis.statistics",
-    "analysis.weights",
+    "analysis.logit_lens",
     "analysis.card",
     "training.activations",
     "training.config",
@@ -86,21 +104,25 @@ _MODULES = (
     "evals.ablation",
     "evals.stability",
     "adapters.saelens_metrics",
-    "evals.autointerp",
     "dashboards.render",
     "evals.probing.probing",
 )
 
 __all__ = [
     "MOLT",
+    "AblationReport",
     "AffineMxD",
     "AffineMxDConfig",
     "AffineSkipMxD",
     "AffineSkipMxDConfig",
-    "CarryReport",
+    "BatchTopKTranscoder",
+    "BatchTopKTranscoderConfig",
     "ExpertStatistics",
     "FaithfulnessReport",
     "JumpReLUSkipTranscoder",
+    "JumpReLUSkipTranscoderConfig",
+    "JumpReLUTranscoder",
+    "JumpReLUTranscoderConfig",
     "MOLTConfig",
     "MxD",
     "MxDConfig",
@@ -108,6 +130,7 @@ __all__ = [
     "SkipMxD",
     "SkipMxDConfig",
     "SkipTranscoder",
+    "SkipTranscoderConfig",
     "TopKSkipTranscoder",
     "TopKSkipTranscoderConfig",
     "TopKTranscoder",
@@ -116,12 +139,20 @@ __all__ = [
     "TrainingAffineMxDConfig",
     "TrainingAffineSkipMxD",
     "TrainingAffineSkipMxDConfig",
+    "TrainingBatchTopKTranscoder",
+    "TrainingBatchTopKTranscoderConfig",
+    "TrainingJumpReLUSkipTranscoder",
+    "TrainingJumpReLUSkipTranscoderConfig",
+    "TrainingJumpReLUTranscoder",
+    "TrainingJumpReLUTranscoderConfig",
     "TrainingMOLT",
     "TrainingMOLTConfig",
     "TrainingMxD",
     "TrainingMxDConfig",
     "TrainingSkipMxD",
     "TrainingSkipMxDConfig",
+    "TrainingSkipTranscoder",
+    "TrainingSkipTranscoderConfig",
     "TrainingTopKSkipTranscoder",
     "TrainingTopKSkipTranscoderConfig",
     "TrainingTopKTranscoder",
@@ -129,7 +160,7 @@ __all__ = [
     "TranscoderRunnerConfig",
     "TranscoderTrainingRunner",
     "ablate",
-    "autointerp",
+    "ablation_study",
     "build_dashboard",
     "evaluate",
     "expert_card",
@@ -137,6 +168,7 @@ __all__ = [
     "find_experts",
     "frontier",
     "list_pretrained",
+    "load_layer",
     "load_model",
     "load_reference_checkpoint",
     "logit_lens",
@@ -154,7 +186,25 @@ __all__ = [
 ]
 
 
+_RENAMED = {"CarryReport": "AblationReport"}
+"""Former public names, which work for one more version."""
+_RETIRED = {
+    "autointerp": "Explanations are scored by mxd_lens.evals.detection, or by delphi, for which "
+    "mxd_lens.adapters.delphi writes the files."
+}
+"""Public names of the version before that have gone, and what to use instead."""
+
+
 def __getattr__(name: str) -> Any:
+    if name in _RETIRED:
+        raise ImportError(f"mxd_lens.{name} is gone. {_RETIRED[name]}")
+    if name in _RENAMED:
+        warnings.warn(
+            f"mxd_lens.{name} is called {_RENAMED[name]} now; the old name ends with the next version.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        name = _RENAMED[name]
     if name in __all__:
         for module_name in _MODULES:
             module = importlib.import_module(f"{__name__}.{module_name}")
@@ -170,6 +220,7 @@ def __dir__() -> list[str]:
 def _tell_saelens(_: Any) -> None:
     importlib.import_module("mxd_lens.architectures")
     importlib.import_module("mxd_lens.pretrained.registry").register_with_saelens()
+    importlib.import_module("mxd_lens.pretrained.released").register_with_saelens()
 
 
 # `SAE.load_from_disk` and `SAE.from_pretrained` must know the architectures and the releases, and

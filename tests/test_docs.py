@@ -139,20 +139,39 @@ def check_command(words: list[str]) -> None:
 
 
 def check_options(command: Any, arguments: list[str]) -> None:
-    """Looks sub-command and options up in what typer knows, without running or opening anything."""
+    """Compares sub-command, options and operands with what typer knows; nothing is run or opened."""
     if hasattr(command, "commands") and arguments and not arguments[0].startswith("-"):
         check_options(command.commands[arguments[0]], arguments[1:])
         return
-    known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
-    for word in arguments:
-        assert not word.startswith("-") or word in (*known, "--help"), f"there is no option {word}"
+    options = {name: p for p in command.params for name in (*p.opts, *p.secondary_opts)}
+    given, operands = set(), 0
+    words = iter(arguments)
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if not word.startswith("-"):
+            operands += 1
+        elif word not in ("-h", "--help"):
+            assert name in options, f"there is no option {name}"
+            given.add(options[name].name)
+            if not equals and not options[name].is_flag:
+                next(words)
+    for parameter in command.params:
+        if parameter.param_type_name == "argument":
+            operands -= 1 if parameter.nargs == 1 else operands
+            assert operands >= 0, f"{parameter.name} is missing"
+        else:
+            assert not parameter.required or parameter.name in given, f"{parameter.opts[0]} is missing"
+    assert operands == 0, "there are more operands than arguments"
 
 
 @pytest.mark.parametrize(
     "line",
     [
         "mxd-lens trian out",
-        "mxd-lens train out --layers 3",
+        "mxd-lens train out --layerz 3",
+        "mxd-lens train out another",
+        "mxd-lens compare page.html a b --prompt x",
+        "mxd-lens steer a",
         "make coffee",
         "python -m experiments.frontier --x",
     ],

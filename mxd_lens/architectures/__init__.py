@@ -2,10 +2,13 @@
 
 from mxd_lens.architectures.affine_mxd import *
 from mxd_lens.architectures.base import ARCHITECTURES, PairedTranscoder, register_architecture
+from mxd_lens.architectures.batch_topk_transcoder import *
+from mxd_lens.architectures.jumprelu_skip_transcoder import *
+from mxd_lens.architectures.jumprelu_transcoder import *
 from mxd_lens.architectures.molt import *
 from mxd_lens.architectures.mxd import *
-from mxd_lens.architectures.released import JumpReLUSkipTranscoder, SkipTranscoder
 from mxd_lens.architectures.skip_mxd import *
+from mxd_lens.architectures.skip_transcoder import *
 from mxd_lens.architectures.topk_skip_transcoder import *
 from mxd_lens.architectures.topk_transcoder import *
 from mxd_lens.architectures.training import TrainingPairedTranscoder

@@ -21,7 +21,8 @@ configuration, and both in training; it ends in `register_architecture`. The lin
 |---|---|
 | `initialize_weights` | it has parameters of its own |
 | `expert_input`, `mixture`, `experts_out`, `skip_out` | its output is not C^T a + b |
-| `coefficients`, `get_activation_fn` | its gate is not TopK or relu |
+| `coefficients`, `activate` | its gate is not TopK or relu |
+| `training_coefficients` | its gate is another one in training |
 | `fold_standardization`, `scaled_output` | it has parameters of its own |
 | `formula`, `gate_formula`, `title`, `about`, `unit`, `dense_parts` | a card should describe it |
 | `expert_weight`, `singular_values` | its experts are not directions |
@@ -31,8 +32,9 @@ same holds for the experts' weights. Its matched size needs nothing: `PairedTran
 counts the parameters of the layer.
 """
 
+import operator
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -43,18 +45,20 @@ from sae_lens.constants import DTYPE_TO_STR, SAE_CFG_FILENAME
 from sae_lens.loading import pretrained_saes_directory
 from sae_lens.loading.pretrained_sae_loaders import PretrainedSaeDiskLoader
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY, get_sae_class
+from sae_lens.saes import topk_sae
 from sae_lens.saes.sae import SAE, SAEMetadata
-from sae_lens.saes.topk_sae import TopK
 from sae_lens.saes.transcoder import Transcoder, TranscoderConfig
 from sae_lens.util import filter_valid_dataclass_fields
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformer_lens.hook_points import HookPoint
 from typing_extensions import Self, override
 
 from mxd_lens.architectures.inputs import EncodedInputs
-from mxd_lens.architectures.saved import download_layer, few, hub_errors, read_folder, shown
+from mxd_lens.architectures.saved import few, hub_errors, locate, read_folder, shown
 from mxd_lens.sparse import topk_gate
 from mxd_lens.sparse.coefficients import Active, Coefficients, Dense
+from mxd_lens.sparse.selection import largest
 
 C = TypeVar("C", bound="PairedTranscoderConfig")
 
@@ -142,7 +146,8 @@ class PairedTranscoderConfig(TranscoderConfig):
         Raises:
             ValueError: a layer of one expert has more.
         """
-        one, two = (cls(**{**settings, "k": 1, "d_sae": d_sae}).n_parameters for d_sae in (1, 2))
+        k = {} if settings.get("k", 1) is None or cls.__dataclass_fields__["k"].default is None else {"k": 1}
+        one, two = (cls(**{**settings, **k, "d_sae": d_sae}).n_parameters for d_sae in (1, 2))
         if n_parameters < one:
             raise ValueError(
                 f"A layer of architecture {cls.architecture()!r} with one expert has {one:,} parameters, and "
@@ -167,21 +172,47 @@ def check_metadata(metadata: SAEMetadata) -> None:
             raise ValueError(f"metadata.{name} must be a name, got {reprlib.repr(settings[name])}.")
 
 
+def expert_ids(layer: SAE[Any], experts: int | Iterable[int] | Int[Tensor, " n"] | None) -> Int[Tensor, " n"]:
+    """Expert ids as a tensor on the layer's device; all of them for None.
+
+    Raises:
+        IndexError: there is no such expert.
+        TypeError: they are no integers; a mask, for one.
+    """
+    device, d_sae = layer.W_dec.device, layer.cfg.d_sae
+    if experts is None:
+        return torch.arange(d_sae, device=device)
+    if not isinstance(experts, Tensor):
+        experts = (
+            list(experts) if isinstance(experts, Iterable) and not isinstance(experts, str) else [experts]
+        )
+        for n in experts:
+            if isinstance(n, bool) or not hasattr(n, "__index__"):
+                raise TypeError(f"an expert is named by an integer, got {reprlib.repr(n)}.")
+        experts = torch.tensor([operator.index(n) for n in experts], dtype=torch.long)
+    if experts.is_floating_point() or experts.dtype == torch.bool:
+        raise TypeError(f"an expert is named by an integer, got a tensor of {experts.dtype}.")
+    ids = experts.to(device, torch.long).reshape(-1)
+    outside = ids[(ids < 0) | (ids >= d_sae)]
+    if len(outside):
+        raise IndexError(f"expert {int(outside[0])} does not exist: there are {d_sae}, from 0.")
+    return ids
+
+
 WRITES = frozenset(("expert_input", "mixture", "experts_out"))
-"""The methods that make an expert's output."""
-COMPUTES = WRITES | {"hidden", "skip_out", "coefficients", "get_activation_fn", "encode", "decode", "forward"}
-"""The methods that make the layer's output."""
+"""The methods that make what an expert writes."""
+GATES = frozenset(("coefficients", "activate", "get_activation_fn", "encode"))
+"""The methods that make its coefficient."""
 
 
-def _no_formula(_: "PairedTranscoder") -> list[str]:
-    return []
+def _not_said(says: str) -> Any:
+    def method(self: "PairedTranscoder", *_: Any) -> Any:
+        raise NotImplementedError(
+            f"{type(self).__name__} computes something of its own and does not say its {says}: define {says} "
+            "in the class."
+        )
 
-
-def _no_expert_weight(self: "PairedTranscoder", n: int) -> Tensor:
-    raise NotImplementedError(
-        f"{type(self).__name__} computes its experts' outputs in its own way: define expert_weight(n) in it, "
-        f"expert {n} as a matrix from what it reads to the output."
-    )
+    return method
 
 
 def _singular_values_of_expert_weight(
@@ -192,12 +223,13 @@ def _singular_values_of_expert_weight(
 
 
 SAYS: dict[str, tuple[frozenset[str], Any]] = {
-    "formula": (COMPUTES, _no_formula),
-    "expert_weight": (WRITES, _no_expert_weight),
+    "formula": (WRITES | {"hidden", "skip_out", "decode", "forward"}, _not_said("formula")),
+    "gate_formula": (GATES, _not_said("gate_formula")),
+    "expert_weight": (WRITES, _not_said("expert_weight")),
     "singular_values": (WRITES | {"expert_weight"}, _singular_values_of_expert_weight),
 }
-"""What a class says about itself, the methods it depends on, and what stands for it where a class overrides
-one of these and does not say it anew."""
+"""What a class says about itself, the methods that it tells of, and what it says where it overrides one of
+these and does not say it anew."""
 
 
 class PairedTranscoder(Transcoder):
@@ -235,13 +267,21 @@ class PairedTranscoder(Transcoder):
 
     # The formula
 
+    def pre_activations(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """x W_enc + b_enc, rounded once, as where only the active experts are computed."""
+        return F.linear(x, self.W_enc.T, self.b_enc)
+
+    def activate(self, pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+        """a of dense pre-activations."""
+        return self.activation_fn(pre)
+
     def coefficients(self, x: Float[Tensor, "*batch d_in"]) -> Coefficients:
         """a of the input x, differentiable; no dense [..., d_sae] is made where k experts are active.
 
         The same coefficients as `encode`'s, without its hook points.
         """
         if self.cfg.k is None:
-            return Dense(torch.relu(x @ self.W_enc + self.b_enc))
+            return Dense(self.activate(self.pre_activations(x)))
         return Active(*topk_gate(x, self.W_enc, self.b_enc, self.cfg.k), self.cfg.d_sae)
 
     def expert_input(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch s"]:
@@ -291,7 +331,8 @@ class PairedTranscoder(Transcoder):
     def formula(self) -> list[str]:
         """The layer as lines of Python, in the names of its weights; the last line is the output.
 
-        No lines where a class computes something of its own and does not say what.
+        Raises:
+            NotImplementedError: a class computes something of its own and does not say what.
         """
         return [self.gate_formula(), "y = a @ W_dec + b_dec"]
 
@@ -310,7 +351,7 @@ class PairedTranscoder(Transcoder):
 
         Raises:
             IndexError: there is no expert n.
-            NotImplementedError: a class computes its experts' outputs in its own way and does not define it.
+            NotImplementedError: a class computes something of its own and does not say what.
         """
         return self.W_dec[self.check_expert(n)].unsqueeze(0)
 
@@ -320,15 +361,13 @@ class PairedTranscoder(Transcoder):
             yield self.W_dec[experts].double().norm(dim=-1, keepdim=True)
 
     def check_expert(self, n: int) -> int:
-        """n. Raises IndexError where there is no expert n."""
-        if not 0 <= n < self.cfg.d_sae:
-            raise IndexError(f"expert {n} does not exist: there are {self.cfg.d_sae}, from 0.")
-        return n
+        """n. Raises IndexError or TypeError where there is no expert n."""
+        return int(expert_ids(self, n))
 
     # Weights
 
     @override
-    def get_activation_fn(self) -> nn.Module:
+    def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
         return nn.ReLU() if self.cfg.k is None else TopK(self.cfg.k)
 
     @override
@@ -411,8 +450,8 @@ class PairedTranscoder(Transcoder):
         The tensor returned carries its input with it: `decode(a)` uses x again as long as `a` lives.
         """
         sae_in = self.process_sae_in(x)
-        hidden_pre = self.hook_sae_acts_pre(sae_in @ self.W_enc + self.b_enc)
-        feature_acts = self.hook_sae_acts_post(self.activation_fn(hidden_pre))
+        hidden_pre = self.hook_sae_acts_pre(self.pre_activations(sae_in))
+        feature_acts = self.hook_sae_acts_post(self.activate(hidden_pre))
         self._encoded.remember(feature_acts, sae_in)
         return feature_acts
 
@@ -562,7 +601,8 @@ class PairedTranscoder(Transcoder):
         """Loads a layer, as SAELens' `SAE.from_pretrained`.
 
         Args:
-            release: a local folder, a Hugging Face `user/repo`, or a name in SAELens' directory.
+            release: a local folder, a Hugging Face `user/repo`, or a name in SAELens' directory. The files
+                may be of another library, as docs/guides/released.md lists them.
             sae_id: which layer of the release; for a local folder the subfolder, if any.
             device: where to put it.
             dtype: its dtype. None: the one it was saved in; from SAELens' directory, float32.
@@ -576,26 +616,36 @@ class PairedTranscoder(Transcoder):
             PermissionError: the repository is not one this token may read.
             ConnectionError: the hub cannot be reached, and the layer is not in its cache.
         """
-        folder = Path(release).expanduser() / (sae_id or "")
-        if folder.is_dir():
-            return cls.load_from_disk(folder, device=device, dtype=dtype)
+        if Path(release).expanduser().exists():
+            folder, reader = locate(release, sae_id)
+            return cls.load_from_disk(folder, device=device, dtype=dtype, converter=reader)
         directory = pretrained_saes_directory.get_pretrained_saes_directory()
         if sae_id is None and release in directory:
             ids = ", ".join(list(directory[str(release)].saes_map)[:5])
             raise FileNotFoundError(
                 f"{release} is a release: name the layer too, by its sae_id. It has {ids}."
             )
-        if sae_id is None or isinstance(release, Path) or Path(release).exists():
+        if sae_id is None or isinstance(release, Path):
             raise FileNotFoundError(
-                f"{folder} is not a folder; a release on the hub is named by its release and sae_id."
+                f"{release} is not a folder; a release on the hub is named by its release and sae_id."
             )
         if "converter" in kwargs or "/" not in release or release in directory:
             with hub_errors(release):
                 return super().from_pretrained(
                     release, sae_id, device, dtype or "float32", force_download, **kwargs
                 )
-        folder = download_layer(release, sae_id, revision, force_download)
-        return cls.load_from_disk(folder, device=device, dtype=dtype, **kwargs)
+        folder, reader = locate(release, sae_id, revision, force_download)
+        return cls.load_from_disk(folder, device=device, dtype=dtype, converter=reader, **kwargs)
+
+
+class TopK(topk_sae.TopK):
+    """SAELens' TopK that chooses the same experts as the sparse gate, ties included."""
+
+    @override
+    def forward(self, x: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+        rows = x.reshape(-1, x.shape[-1])
+        values, experts = largest(rows, self.k)
+        return torch.zeros_like(rows).scatter(-1, experts, values.relu()).view(x.shape)
 
 
 def expert_by_expert(W_enc: Float[Tensor, "d_in d_sae"]) -> Float[Tensor, "d_in d_sae"]:

@@ -27,8 +27,8 @@ class WithSkip(PairedTranscoder, SkipTranscoder):
 
     @override
     def formula(self) -> list[str]:
-        lines = super().formula()
-        return [*lines[:-1], *(f"{line} + x @ W_skip.T" for line in lines[-1:])]
+        *lines, y = super().formula()
+        return [*lines, f"{y} + x @ W_skip.T"]
 
     @override
     def fold_standardization(

@@ -9,9 +9,9 @@ from typing import ClassVar
 
 from typing_extensions import override
 
-from mxd_lens.architectures.base import PairedTranscoderConfig, register_architecture, transcoder_parameters
+from mxd_lens.architectures.base import register_architecture, transcoder_parameters
 from mxd_lens.architectures.skip import WithSkip
-from mxd_lens.architectures.topk_transcoder import TopKTranscoder
+from mxd_lens.architectures.topk_transcoder import TopKTranscoder, TopKTranscoderConfig
 from mxd_lens.architectures.training import TrainingPairedTranscoder, TrainingPairedTranscoderConfig
 
 __all__ = [
@@ -24,7 +24,7 @@ __all__ = [
 
 
 @dataclass(kw_only=True)
-class TopKSkipTranscoderConfig(PairedTranscoderConfig):
+class TopKSkipTranscoderConfig(TopKTranscoderConfig):
     """Configuration of a `TopKSkipTranscoder`."""
 
     @classmethod

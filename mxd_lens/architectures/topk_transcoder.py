@@ -4,13 +4,18 @@ a = TopK_k(relu(G^T x + b_G))        feature coefficients           [d_sae]
 y = C^T a + b                        every feature is one direction [d_out]
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
 from typing_extensions import override
 
 from mxd_lens.architectures.base import PairedTranscoder, PairedTranscoderConfig, register_architecture
 from mxd_lens.architectures.training import TrainingPairedTranscoder, TrainingPairedTranscoderConfig
+from mxd_lens.sparse.coefficients import Active, Coefficients
 
 __all__ = [
     "TopKTranscoder",
@@ -23,6 +28,16 @@ __all__ = [
 @dataclass(kw_only=True)
 class TopKTranscoderConfig(PairedTranscoderConfig):
     """Configuration of a `TopKTranscoder`."""
+
+    relu: bool = True
+    """Whether a negative one of the k largest pre-activations is set to 0. Some released layers were trained
+    without (False), and differ wherever fewer than k are positive."""
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.relu, bool) or not (self.relu or self.k):
+            raise ValueError(f"relu must be True, or False with a k, got {self.relu!r} with k = {self.k}.")
 
     @classmethod
     @override
@@ -40,6 +55,37 @@ class TopKTranscoder(PairedTranscoder):
     cfg: TopKTranscoderConfig
     title: ClassVar[str] = "A TopK transcoder"
     about: ClassVar[str] = "Every feature n writes a_n times row n of W_dec, one direction."
+
+    @override
+    def coefficients(self, x: Float[Tensor, "*batch d_in"]) -> Coefficients:
+        if self.cfg.relu or self.cfg.k is None:
+            return super().coefficients(x)
+        values, features = (x @ self.W_enc + self.b_enc).topk(self.cfg.k, dim=-1, sorted=False)
+        return Active(values, features, self.cfg.d_sae)
+
+    @override
+    def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
+        return super().get_activation_fn() if self.cfg.relu or self.cfg.k is None else RawTopK(self.cfg.k)
+
+    @override
+    def formula(self) -> list[str]:
+        return super().formula()
+
+    @override
+    def gate_formula(self) -> str:
+        return super().gate_formula() if self.cfg.relu else f"a = topk(x @ W_enc + b_enc, {self.cfg.k})"
+
+
+class RawTopK(nn.Module):
+    """The k largest pre-activations as they are, negative ones too; 0 elsewhere."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.k = k
+
+    def forward(self, pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+        values, features = pre.topk(self.k, dim=-1, sorted=False)
+        return torch.zeros_like(pre).scatter(-1, features, values)
 
 
 @dataclass(kw_only=True)

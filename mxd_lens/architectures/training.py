@@ -1,9 +1,10 @@
 """Training a layer with SAELens' trainer: what a configuration adds, the loss, one step."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Float
 from sae_lens.saes.sae import (
     TrainCoefficientConfig,
     TrainingSAE,
@@ -15,6 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from mxd_lens.architectures.base import PairedTranscoder, PairedTranscoderConfig
+from mxd_lens.sparse.coefficients import Coefficients
 
 
 @dataclass(kw_only=True)
@@ -27,6 +29,8 @@ class TrainingPairedTranscoderConfig(PairedTranscoderConfig, TrainingSAEConfig):
     """Weight of the penalty mean_tokens sum_n |a_n|. Needed where k is None."""
     l1_warm_up_steps: int = 0
     """Steps over which the penalty grows to its full weight."""
+    needs_l1: ClassVar[bool] = True
+    """Whether nothing but the L1 penalty makes the experts sparse where k is None."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -35,7 +39,7 @@ class TrainingPairedTranscoderConfig(PairedTranscoderConfig, TrainingSAEConfig):
                 "decoder_init_norm must be None: each architecture starts W_dec as its source does, "
                 f"got {self.decoder_init_norm}."
             )
-        if self.l1_coefficient < 0 or (self.k is None and self.l1_coefficient == 0):
+        if self.l1_coefficient < 0 or (self.needs_l1 and self.k is None and self.l1_coefficient == 0):
             raise ValueError(
                 "l1_coefficient must be positive where k is None (it is what makes the experts "
                 f"sparse) and never negative, got {self.l1_coefficient} with k = {self.k}."
@@ -60,8 +64,8 @@ class TrainingPairedTranscoder(PairedTranscoder, TrainingSAE[Any]):
 
     @override
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        hidden_pre = self.process_sae_in(x) @ self.W_enc + self.b_enc
-        return self.activation_fn(hidden_pre), hidden_pre
+        hidden_pre = self.pre_activations(self.process_sae_in(x))
+        return self.activate(hidden_pre), hidden_pre
 
     @override
     def calculate_aux_loss(
@@ -74,6 +78,10 @@ class TrainingPairedTranscoder(PairedTranscoder, TrainingSAE[Any]):
         if "l1" not in step_input.coefficients:
             return {}
         return {"l1_loss": step_input.coefficients["l1"] * feature_acts.sum(-1).mean()}
+
+    def training_coefficients(self, x: Float[Tensor, "tokens d_in"]) -> Coefficients:
+        """a of a training batch, where its gate is another one than at inference."""
+        return self.coefficients(x)
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
@@ -99,7 +107,7 @@ class TrainingPairedTranscoder(PairedTranscoder, TrainingSAE[Any]):
         self.normalize_decoder()
         x, y = step_input.sae_in.to(self.dtype).split([d_in, d_out], dim=-1)
 
-        a = replace(self.coefficients(x), trains=True)
+        a = replace(self.training_coefficients(x), trains=True)
         y_hat = self.output(self.mixture(a), x)
 
         precise = torch.promote_types(self.dtype, torch.float32)

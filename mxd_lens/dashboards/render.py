@@ -9,33 +9,35 @@ it run the scripts written here and no other. Whatever comes from a corpus, a mo
 escaped by the templates, and what does not print is shown as an escape.
 """
 
-import base64
-import hashlib
 import math
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
 from html import escape
-from importlib.resources import files
-from json import dumps
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 from jaxtyping import Int
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from jinja2.utils import htmlsafe_json_dumps
-from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 from sae_lens import SAE
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from mxd_lens.architectures import ARCHITECTURES
 from mxd_lens.architectures.saved import few
-from mxd_lens.artifacts.page import BLUE, GREY, STYLE, field_docs, style
-from mxd_lens.artifacts.tables import printable
+from mxd_lens.artifacts.page import (
+    BLUE,
+    GREY,
+    as_json,
+    asset,
+    fact,
+    field_docs,
+    render,
+    style,
+    style_sheet,
+    write_html,
+)
+from mxd_lens.artifacts.tables import number, printable
 from mxd_lens.dashboards.collect.collection import CHECKPOINT_FILENAME, collect_dashboard
 from mxd_lens.dashboards.collect.data import (
     Band,
@@ -76,6 +78,7 @@ SEARCHED = 400
 """Characters of an excerpt, on either side of its peak, that the index's search knows."""
 
 GENERATOR = "mxd_lens dashboard"
+PACKAGE = "mxd_lens.dashboards"
 INDEX, EXPERTS, DATA = "index.html", "experts", "data"
 
 
@@ -156,9 +159,9 @@ def write_dashboard(folder: str | Path, data: DashboardData, progress: bool = Tr
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         new, old = Path(temporary) / "new", Path(temporary) / "old"
         (new / EXPERTS).mkdir(parents=True)
-        write(new / INDEX, index_html(data))
+        write_html(new / INDEX, index_html(data))
         for i, expert in enumerate(tqdm(data.experts, desc="Writing pages", disable=not progress)):
-            write(new / EXPERTS / file_name(expert.expert), expert_html(data, i, in_folder=True))
+            write_html(new / EXPERTS / file_name(expert.expert), expert_html(data, i, in_folder=True))
         data.save(new / DATA)
         if folder.exists():
             folder.rename(old)
@@ -190,11 +193,6 @@ def check_replaceable(folder: Path) -> None:
         )
 
 
-def write(path: Path, page: str) -> None:
-    # What no encoding has, half of a surrogate pair, stands in JSON only, and this is its escape there.
-    path.write_text(page, encoding="utf-8", errors="backslashreplace", newline="\n")
-
-
 def file_name(expert: int) -> str:
     return f"expert-{expert}.html"
 
@@ -210,7 +208,7 @@ class ExpertPage:
 
     def save(self, path: str | Path) -> Path:
         """Writes the page as a file."""
-        write(Path(path), self.html)
+        write_html(path, self.html)
         return Path(path)
 
     def _repr_html_(self) -> str:
@@ -256,7 +254,7 @@ def expert_html(data: DashboardData, i: int, in_folder: bool) -> str:
     scales = [max((abs(v or 0) for x in lists for v in x[quantity]), default=0) or 1 for quantity in range(3)]
     snippet, snippet_note = usage(data.settings, e)
     index = iter(range(len(excerpts)))
-    return render(
+    return page(
         "expert.html",
         scripts={"script": "expert.js"},
         e=e,
@@ -423,7 +421,7 @@ def index_html(data: DashboardData) -> str:
         {"name": name, "label": TITLES[name], "meaning": docs[name], "rare": name in RARE_COLUMNS}
         for name in COLUMNS
     ]
-    return render(
+    return page(
         "index.html",
         scripts={"script": "index.js", "overview_script": "overview.js", "plotly": None},
         title=title(data),
@@ -432,7 +430,7 @@ def index_html(data: DashboardData) -> str:
         rows=[index_row(e) for e in experts],
         overview=overview,
         axes=default_axes(overview),
-        settings=[(name.replace("_", " "), printable(shown(v))) for name, v in data.settings.items()],
+        settings=[(name.replace("_", " "), fact(v)) for name, v in data.settings.items()],
         data=as_json(
             {
                 "ids": values["expert"],
@@ -538,36 +536,13 @@ def quantity(name: str, value: float) -> str:
     return f"{value:+.3g}" if name == "loss_effect" and math.isfinite(value) else number(value)
 
 
-def number(value: float) -> str:
-    """A number to three digits."""
-    if not math.isfinite(value):
-        return "\u2013"
-    if isinstance(value, int) or 1000 <= abs(value) < 1e9:
-        return f"{value:,.0f}"
-    return f"{value:.3g}"
-
-
-def shown(value: Any) -> str:
-    """A setting as the index shows it."""
-    if isinstance(value, Mapping):
-        return "; ".join(f"{str(name).replace('_', ' ')} {shown(v)}" for name, v in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(map(str, value))
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-JOINERS = {"\u200c", "\u200d"}
-"""They do not print, but shape the letters and emoji around them."""
-
-
 def visible(text: str) -> str:
     """A token's text with what cannot be seen made visible: line ends as an arrow, the rest as escapes.
 
     Among the escapes are the characters that turn the direction of all text after them, which could make
     a page say something else than it does.
     """
-    shown = (c if c in JOINERS else {"\n": "\u21b5", "\t": "\u21e5"}.get(c) or printable(c) for c in text)
-    return "".join(shown)
+    return "".join({"\n": "\u21b5", "\t": "\u21e5"}.get(c) or printable(c) for c in text)
 
 
 def known(value: float) -> float | None:
@@ -585,49 +560,15 @@ def short(value: float) -> float:
     return int(four) if four.is_integer() else four
 
 
-def as_json(value: Any) -> Markup:
-    """JSON that may stand in a script element."""
-    return htmlsafe_json_dumps(
-        value, partial(dumps, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+def page(template: str, scripts: Mapping[str, str | None], **context: Any) -> str:
+    """A page of the dashboard; scripts are files beside the templates, or None for plotly.js."""
+    return render(
+        PACKAGE,
+        template,
+        {name: file and (PACKAGE, file) for name, file in scripts.items()},
+        css=style_sheet() + asset(PACKAGE, "dashboard.css"),
+        label=label,
+        file_name=file_name,
+        generator=GENERATOR,
+        **context,
     )
-
-
-@cache
-def environment() -> Environment:
-    found = Environment(
-        loader=PackageLoader("mxd_lens.dashboards"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    found.filters["label"] = label
-    found.globals |= {"number": number, "file_name": file_name, "generator": GENERATOR}
-    return found
-
-
-@cache
-def asset(name: str) -> str:
-    """A style sheet or script beside the templates."""
-    return (files("mxd_lens.dashboards") / "templates" / name).read_text(encoding="utf-8")
-
-
-@cache
-def script(name: str | None) -> tuple[Markup, str]:
-    """A script's text, plotly's for None, and its hash in a content security policy."""
-    code = get_plotlyjs() if name is None else asset(name)
-    digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
-    return Markup(code), f"'sha256-{digest}'"
-
-
-def render(template: str, scripts: Mapping[str, str | None], **context: Any) -> str:
-    """A page that may run the scripts given, and may ask nothing from anywhere."""
-    made = {name: script(file) for name, file in scripts.items()}
-    hashes = " ".join(digest for _, digest in made.values())
-    policy = (
-        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; "
-        "base-uri 'none'; form-action 'none'"
-    )
-    codes = {name: code for name, (code, _) in made.items()}
-    css = Markup(STYLE + asset("dashboard.css"))
-    return environment().get_template(template).render(**context, **codes, css=css, policy=policy)

@@ -1,208 +1,211 @@
-"""The page that says what the decomposition of a layer, or of several side by side, is worth."""
+"""The page that says how much of a layer its experts explain, for one layer or several side by side."""
 
 from collections.abc import Mapping
-from html import escape
 from pathlib import Path
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from mxd_lens.artifacts.page import (
-    BLUE,
-    COLOURS,
     GREY,
-    ORANGE,
-    RED,
-    facts_table,
+    Section,
+    colours_of,
+    facts,
     style,
+    with_legend,
     write_page,
     write_png,
 )
-from mxd_lens.artifacts.tables import percent, printable
-from mxd_lens.evals.ablation import CarryReport
-from mxd_lens.evals.token_dependence import BINS, ExampleExpert
+from mxd_lens.artifacts.tables import Cell, Table, percent
+from mxd_lens.evals.ablation import AblationReport
+from mxd_lens.evals.token_dependence import BINS
 
-Reports = Mapping[str, CarryReport]
+Reports = Mapping[str, AblationReport]
 
 NONE_AT = 0.5
-"""Where no expert stands on an axis that counts them in powers of two."""
+"""Where 0 experts stand on a logarithmic axis."""
+
+PANELS = ("Normalised MSE", "Cross-entropy added, nats")
+
+SHADES = {
+    "layer": ("", 1.0),
+    "experts at the best constant": ("/", 0.7),
+    "experts mean-ablated": ("\\", 0.5),
+    "experts resampled": ("x", 0.35),
+}
+"""How the bars of one layer are told apart: a pattern and an opacity."""
 
 
 def write_carry_page(path: str | Path, reports: Reports, notes: Mapping[str, str] | None = None) -> Path:
-    """Writes the page.
+    """Write the page.
 
     Args:
         path: the HTML file.
-        reports: what `what_experts_carry` measured, by the layers' names; one or several.
+        reports: the reports by the layers' names; one or several.
         notes: further facts, by name.
 
     Raises:
         ValueError: there is no report.
     """
     if not reports:
-        raise ValueError("There is no report to make a page of.")
-    first = next(iter(reports.values())).faithfulness
+        raise ValueError("There is no report to write a page of.")
+    first = next(iter(reports.values()))
+    sections = [
+        *(Section(name, verdict(report)) for name, report in reports.items()),
+        Section(
+            "Without the experts",
+            "The experts are worth what the layer gains on the best constant in their place.",
+            (replacements_figure(reports), errors(reports), losses(reports)),
+        ),
+        Section(
+            "With some of the experts",
+            "Solid: only the experts that write most at each token (sufficiency); dashed: all but these "
+            "(necessity). A solid line that falls early means that few experts suffice.",
+            (ablation_figure(reports),),
+        ),
+        Section(
+            "What decides which experts fire",
+            "The share of the information in firing that the token, the token before it, both, or the "
+            "position determines (0: chance, 1: all). An expert near 1 on the right is a token lookup.",
+            (information_figure(reports), dependences(reports)),
+        ),
+        *(section for name, report in reports.items() for section in examples(name, report)),
+    ]
+    if any(report.stability for report in reports.values()):
+        sections.append(
+            Section(
+                "Experts of another seed",
+                "Experts of layers trained from several seeds, matched one to one; found again are those "
+                "whose partner has a similarity of at least 0.7.",
+                (stability(reports),),
+            )
+        )
+    if notes:
+        sections.append(Section("The run", "", (facts(notes),)))
     return write_page(
         path,
-        f"What the experts carry: {', '.join(reports)}",
-        f"{first.model_name}, {first.hook_name_out}; judged on {first.n_tokens:,} held-out tokens, firing "
-        f"read from {next(iter(reports.values())).information.n_tokens:,}.",
-        [
-            "".join(f"<p>{verdict(name, report)}</p>" for name, report in reports.items()),
-            "<h2>Without the experts</h2><p>The layer in the MLP's place, beside the same layer with its "
-            "experts' part exchanged: for the best constant, for its mean, for another token's. Experts are "
-            "worth what the layer gains on the best constant.</p>",
-            gates_figure(reports),
-            f'<div class="wide"><table>{gate_rows(reports)}</table></div>',
-            "<h2>With some of the experts</h2><p>At every token, only the experts that write most there "
-            "(solid), or all but these (dashed). A few that do nearly everything are a short explanation; "
-            "dashed lines that rise late say that the rest can do without them.</p>",
-            ablation_figure(reports),
-            "<h2>What decides which experts fire</h2><p>The share of the information in firing that the "
-            "token itself, the token before it, both, or the position determines; 0 is chance, 1 is all. "
-            "What the token leaves open, only the context can decide. An expert near 1 on the right is a "
-            "token lookup.</p>",
-            information_figure(reports),
-            f'<div class="wide"><table>{information_rows(reports)}</table></div>',
-            *(examples(name, report) for name, report in reports.items()),
-            stability_section(reports),
-            f"<h2>The run</h2>{facts_table(notes)}" if notes else "",
-        ],
+        f"What the experts explain: {', '.join(reports)}",
+        f"{first.faithfulness.model_name}, {first.faithfulness.hook_name_out}; errors measured on "
+        f"{first.faithfulness.n_tokens:,} tokens, firing on {first.information.n_tokens:,}.",
+        sections,
     )
 
 
 def write_carry_png(path: str | Path, reports: Reports) -> list[Path]:
-    """Writes the page's three figures as pictures, `path` with -gates, -ablations and -tokens in its name.
+    """Write the page's three figures as pictures, `path` with -gates, -ablations and -tokens in its name.
 
     Raises:
         ImportError: kaleido is not installed.
     """
     path = Path(path)
     figures = {
-        "gates": gates_figure(reports),
+        "gates": replacements_figure(reports),
         "ablations": ablation_figure(reports),
         "tokens": information_figure(reports),
     }
     return [write_png(path.with_name(f"{path.stem}-{name}.png"), fig) for name, fig in figures.items()]
 
 
-def verdict(name: str, report: CarryReport) -> str:
-    """What a report says, in two sentences of HTML."""
+def verdict(report: AblationReport) -> str:
+    """What a report says, in three sentences."""
     r, token = report.faithfulness, report.information.of("token")
-    half = report.half_carried_by
+    half = report.half_explained_by
+    strongest = "expert" if half == 1 else f"{half} experts"
     alone = (
-        "All of them together do no better than none."
+        "Together they do no better than none."
         if half is None
-        else f"Kept alone, the {half} strongest of a token do at least half of what all {r.l0:.3g} do."
-        if half > 1
-        else f"Kept alone, the strongest of a token does at least half of what all {r.l0:.3g} do."
+        else f"The strongest {strongest} of each token, kept alone, explain at least half of what all "
+        f"{r.l0:.3g} explain."
     )
     return (
-        f"<b>{escape(name)}</b>: of the error that the best constant gate leaves "
-        f"({report.normalized_mse_best_constant_gate:.3f}), the experts explain {percent(report.carried)}. "
-        f"{alone} The token itself determines {percent(token.firing)} of which experts fire; "
-        f"{percent(token.lookups)} of the experts judged are token lookups."
+        f"The experts explain {percent(report.explained_by_experts)} of the error that the best constant "
+        f"in their place leaves ({report.normalized_mse_best_constant_gate:.3f}). {alone} The token "
+        f"determines {percent(token.firing)} of which experts fire, and {percent(token.lookups)} of the "
+        "experts are token lookups."
     )
 
 
-# Gates
+def colours(reports: Reports) -> dict[str, str]:
+    return colours_of({name: report.architecture for name, report in reports.items()})
 
 
-def gates_figure(reports: Reports) -> go.Figure:
-    """Normalised MSE and cross-entropy of the layers and of their drained gates."""
-    figure = make_subplots(
-        rows=1,
-        cols=2,
-        subplot_titles=("Normalised MSE", "Cross-entropy above the unmodified model, nats"),
-        horizontal_spacing=0.09,
+def replacements(report: AblationReport) -> dict[str, tuple[float, float]]:
+    """Normalised MSE and added cross-entropy with each thing in the MLP's place."""
+    r = report.faithfulness
+    found = (
+        (r.normalized_mse, r.ce_loss_replaced),
+        (report.normalized_mse_best_constant_gate, report.ce_loss_best_constant_gate),
+        (r.normalized_mse_mean_gate, r.ce_loss_mean_gate),
+        (r.normalized_mse_shuffled_gate, r.ce_loss_shuffled_gate),
+        (1.0, r.ce_loss_zero_ablated),
     )
-    names = list(reports)
-    kinds = {
-        "the layer": (BLUE, "normalized_mse", "ce_loss_replaced"),
-        "best constant gate": (ORANGE, "", ""),
-        "mean gate": ("#b08d3c", "normalized_mse_mean_gate", "ce_loss_mean_gate"),
-        "shuffled gate": (RED, "normalized_mse_shuffled_gate", "ce_loss_shuffled_gate"),
-        "zero ablated": (GREY, "", "ce_loss_zero_ablated"),
-    }
-    for kind, (colour, error, loss) in kinds.items():
-        errors, losses = [], []
-        for report in reports.values():
-            r = report.faithfulness
-            if kind == "best constant gate":
-                errors.append(report.normalized_mse_best_constant_gate)
-                losses.append(report.ce_loss_best_constant_gate - r.ce_loss)
-            else:
-                errors.append(getattr(r, error) if error else 1.0)
-                losses.append(getattr(r, loss) - r.ce_loss)
-        for column, values in enumerate((errors, losses), start=1):
+    names = (*SHADES, "MLP zero-ablated")
+    return {name: (error, loss - r.ce_loss) for name, (error, loss) in zip(names, found, strict=True)}
+
+
+def replacements_figure(reports: Reports) -> go.Figure:
+    """Normalised MSE and added cross-entropy of the layers, and with their experts replaced."""
+    figure = make_subplots(rows=1, cols=2, subplot_titles=PANELS, horizontal_spacing=0.09)
+    own = list(colours(reports).values())
+    found = [replacements(report) for report in reports.values()]
+    for kind in found[0]:
+        pattern, opacity = SHADES.get(kind, ("", 1.0))
+        for column in (0, 1):
             figure.add_bar(
-                x=names,
-                y=values,
+                x=list(reports),
+                y=[values[kind][column] for values in found],
                 name=kind,
                 legendgroup=kind,
-                marker_color=colour,
-                showlegend=column == 1,
-                hovertemplate=f"%{{x}}, {kind}: %{{y:.4f}}<extra></extra>",
+                marker={
+                    "color": own if kind in SHADES else GREY,
+                    "opacity": opacity,
+                    "pattern": {"shape": pattern, "fgcolor": "white", "solidity": 0.25},
+                },
+                showlegend=not column,
+                hovertemplate="%{x}, %{fullData.name}: %{y:.4f}<extra></extra>",
                 row=1,
-                col=column,
+                col=column + 1,
             )
-    return with_legend(style(figure, 420))
+    return with_legend(style(figure, 440)).update_layout(barmode="group")
 
 
-def gate_rows(reports: Reports) -> str:
-    """A table row a layer: errors and what they add to the cross-entropy."""
-    head = (
+def errors(reports: Reports) -> Table:
+    """Normalised MSE, and the share that the experts explain."""
+    rows: list[list[Cell]] = []
+    for name, report in reports.items():
+        _, *others = replacements(report).values()
+        numbers = (report.faithfulness.normalized_mse, *(error for error, _ in others[:3]))
+        rows.append([name, *(f"{error:.3f}" for error in numbers), percent(report.explained_by_experts)])
+    columns = [
         "layer",
-        "K",
-        "experts",
-        "parameters",
         "normalised MSE",
         "best constant",
-        "mean gate",
-        "shuffled",
-        "carried",
-        "+ nats",
-        "best constant",
-        "zero ablated",
-    )
-    rows = [row(head, "th")]
+        "mean-ablated",
+        "resampled",
+        "explained by experts",
+    ]
+    return Table(columns, rows, "Error with the experts replaced")
+
+
+def losses(reports: Reports) -> Table:
+    """Added cross-entropy, and the size of each layer."""
+    rows: list[list[Cell]] = []
     for name, report in reports.items():
-        r = report.faithfulness
-        rows.append(
-            row(
-                (
-                    name,
-                    "–" if report.k is None else str(report.k),
-                    f"{r.n_experts:,}",
-                    f"{r.n_parameters:,}",
-                    f"{r.normalized_mse:.3f}",
-                    f"{report.normalized_mse_best_constant_gate:.3f}",
-                    f"{r.normalized_mse_mean_gate:.3f}",
-                    f"{r.normalized_mse_shuffled_gate:.3f}",
-                    percent(report.carried),
-                    f"{r.ce_loss_replaced - r.ce_loss:+.3f}",
-                    f"{report.ce_loss_best_constant_gate - r.ce_loss:+.3f}",
-                    f"{r.ce_loss_zero_ablated - r.ce_loss:+.3f}",
-                )
-            )
-        )
-    return "".join(rows)
-
-
-# Ablations
+        r, found = report.faithfulness, replacements(report)
+        added = [found[k][1] for k in ("layer", "experts at the best constant", "MLP zero-ablated")]
+        k = None if report.k is None else str(report.k)
+        size = f"{r.n_experts:,} experts, {r.n_parameters:,} parameters"
+        rows.append([name, size, k, *(f"{loss:+.3f}" for loss in added)])
+    columns = ["layer", "size", "K", "layer, nats", "best constant, nats", "MLP zero-ablated, nats"]
+    return Table(columns, rows, "Cross-entropy added")
 
 
 def ablation_figure(reports: Reports) -> go.Figure:
     """Errors and cross-entropies against how many experts are kept (solid) or removed (dashed)."""
-    figure = make_subplots(
-        rows=1,
-        cols=2,
-        subplot_titles=("Normalised MSE", "Cross-entropy above the unmodified model, nats"),
-        horizontal_spacing=0.09,
-    )
+    figure = make_subplots(rows=1, cols=2, subplot_titles=PANELS, horizontal_spacing=0.09)
     ticks = sorted({a.n for report in reports.values() for a in report.ablations})
-    for i, (name, report) in enumerate(reports.items()):
-        colour, base = COLOURS[i % len(COLOURS)], report.faithfulness.ce_loss
+    for name, report in reports.items():
+        base = report.faithfulness.ce_loss
         for kind, dash in (("kept", "solid"), ("removed", "dash")):
             curves = (
                 [getattr(a, f"normalized_mse_{kind}") for a in report.ablations],
@@ -214,16 +217,16 @@ def ablation_figure(reports: Reports) -> go.Figure:
                     y=values,
                     customdata=[a.n for a in report.ablations],
                     mode="lines+markers",
-                    line={"color": colour, "dash": dash, "width": 2.2 if dash == "solid" else 1.4},
+                    line={"color": colours(reports)[name], "dash": dash, "width": 2},
                     marker_size=6 if dash == "solid" else 4,
                     name=name,
                     legendgroup=name,
                     showlegend=(kind, column) == ("kept", 1),
-                    hovertemplate=f"{escape(name)}, %{{customdata}} {kind}: %{{y:.4f}}<extra></extra>",
+                    hovertemplate=f"%{{fullData.name}}, %{{customdata}} {kind}: %{{y:.4f}}<extra></extra>",
                     row=1,
                     col=column,
                 )
-    style(figure, 440)
+    style(figure, 460)
     figure.update_xaxes(
         type="log",
         tickvals=[n or NONE_AT for n in ticks],
@@ -234,29 +237,23 @@ def ablation_figure(reports: Reports) -> go.Figure:
     return with_legend(figure)
 
 
-# Tokens
-
-
 def information_figure(reports: Reports) -> go.Figure:
     """How far each variable determines the firing, and how far the token determines each expert."""
     figure = make_subplots(
         rows=1,
         cols=2,
-        subplot_titles=(
-            "Which experts fire is determined by (share)",
-            "Share of the experts, by how far the token determines them",
-        ),
+        subplot_titles=("Share of firing determined by", "Share of experts, by how far the token decides"),
         horizontal_spacing=0.09,
     )
-    for i, (name, report) in enumerate(reports.items()):
-        colour, information = COLOURS[i % len(COLOURS)], report.information
+    for name, report in reports.items():
+        colour, information = colours(reports)[name], report.information
         figure.add_bar(
             x=[d.variable for d in information.dependences],
             y=[d.firing for d in information.dependences],
             marker_color=colour,
             name=name,
             legendgroup=name,
-            hovertemplate=f"{escape(name)}, %{{x}}: %{{y:.3f}}<extra></extra>",
+            hovertemplate="%{fullData.name}, %{x}: %{y:.3f}<extra></extra>",
             row=1,
             col=1,
         )
@@ -270,109 +267,67 @@ def information_figure(reports: Reports) -> go.Figure:
             name=name,
             legendgroup=name,
             showlegend=False,
-            hovertemplate=f"{escape(name)}, %{{x:.2f}}: %{{y:.1%}} of the experts<extra></extra>",
+            hovertemplate="%{fullData.name}, %{x:.2f}: %{y:.1%} of the experts<extra></extra>",
             row=1,
             col=2,
         )
-    style(figure, 420)
+    style(figure, 440)
     figure.update_yaxes(tickformat=".0%", row=1, col=2)
     figure.update_xaxes(range=[0, 1], row=1, col=2)
-    return with_legend(figure)
+    return with_legend(figure).update_layout(barmode="group")
 
 
-def information_rows(reports: Reports) -> str:
-    """A table row a layer and variable."""
-    head = (
-        "layer",
-        "determined by",
-        "firing",
-        "shuffled (chance)",
-        "median expert",
-        "lookups",
-        "strongest expert",
-        "bits a token",
-    )
-    rows = [row(head, "th")]
-    for name, report in reports.items():
-        entropy = report.information.strongest_entropy
-        for d in report.information.dependences:
-            cells = [percent(v) for v in (d.firing, d.firing_shuffled, d.firing_median, d.lookups)]
-            bits = f"{d.strongest_bits:.2f} of {entropy:.2f}"
-            rows.append(row((name, d.variable, *cells, percent(d.strongest), bits)))
-    return "".join(rows)
+def dependences(reports: Reports) -> Table:
+    """How far each variable determines firing, beside chance."""
+    rows = [
+        [name, d.variable, *map(percent, (d.firing, d.firing_shuffled, d.firing_median, d.lookups))]
+        for name, report in reports.items()
+        for d in report.information.dependences
+    ]
+    return Table(["layer", "determined by", "firing", "by chance", "median expert", "lookups"], rows)
 
 
-def examples(name: str, report: CarryReport) -> str:
+def examples(name: str, report: AblationReport) -> list[Section]:
     """The experts that the token determines most and least."""
     information = report.information
     if not information.lookups:
-        return f"<h2>{escape(name)}: experts</h2><p>No expert fires often enough to be judged.</p>"
+        return [Section(f"{name}: experts", "No expert fires often enough to be measured.")]
+
+    def table(found: list, title: str) -> Table:
+        rows = [
+            [
+                e.expert,
+                percent(e.share),
+                f"{', '.join(f'{text!r} {percent(share)}' for text, share in e.tokens)} of {e.fired:,}",
+            ]
+            for e in found
+        ]
+        return Table(["expert", "determined by the token", "fires on"], rows, title)
+
+    claim = (
+        f"{information.n_judged:,} experts fire often enough to be measured, and "
+        f"{information.n_always_on:,} fire always."
+    )
+    tables = (
+        table(information.lookups, "Determined most by the token"),
+        table(information.contextual, "Determined least"),
+    )
+    return [Section(f"{name}: experts", claim, tables)]
+
+
+def stability(reports: Reports) -> Table:
+    """How alike the experts of other seeds are."""
     rows = [
-        '<tr><th colspan="3">determined most by the token</th><th colspan="3">least</th></tr>'
-        + row(("expert", "by the token", "fires on", "expert", "by the token", "fires on"), "th")
+        [
+            f"{name}, {s.n_layers} seeds",
+            s.by,
+            f"{s.matched:.3f} (chance {s.matched_shuffled:.3f})",
+            f"{s.nearest:.3f}",
+            percent(s.found_again),
+            percent(s.agreement),
+        ]
+        for name, report in reports.items()
+        for s in report.stability
     ]
-    for pair in zip(information.lookups, information.contextual, strict=True):
-        rows.append(f"<tr>{''.join(example_cells(e) for e in pair)}</tr>")
-    judged = f"{information.n_judged:,} experts judged, {information.n_always_on:,} always on"
-    return f'<h2>{escape(name)}: {judged}</h2><div class="wide"><table>{"".join(rows)}</table></div>'
-
-
-def example_cells(example: ExampleExpert) -> str:
-    tokens = ", ".join(f"{printable(repr(text))} {percent(share)}" for text, share in example.tokens)
-    return (
-        f'<td class="number">{example.expert}</td><td class="number">{percent(example.share)}</td>'
-        f'<td class="soft">{escape(tokens)} of {example.fired:,}</td>'
-    )
-
-
-# Seeds
-
-
-def stability_section(reports: Reports) -> str:
-    """A table row a layer and way of matching; nothing where no seeds were compared."""
-    compared = {name: report.stability for name, report in reports.items() if report.stability}
-    if not compared:
-        return ""
-    head = (
-        "layer",
-        "seeds",
-        "matched by",
-        "similarity",
-        "shuffled (chance)",
-        "nearest",
-        "found again",
-        "same partner by both",
-    )
-    rows = [row(head, "th")]
-    for name, stabilities in compared.items():
-        for s in stabilities:
-            numbers = [f"{v:.3f}" for v in (s.matched, s.matched_shuffled, s.nearest)]
-            cells = (*numbers, percent(s.found_again), percent(s.agreement))
-            rows.append(row((name, str(s.n_layers), s.by, *cells)))
-    return (
-        "<h2>The same experts from another seed?</h2><p>Experts of layers trained alike from several seeds, "
-        "matched one to one: by the cosine of what they write on average, and by the correlation of their "
-        "firing. Found again are those whose partner is as similar as 0.7.</p>"
-        f'<div class="wide"><table>{"".join(rows)}</table></div>'
-    )
-
-
-# What the parts share
-
-
-def row(cells: tuple[str, ...], tag: str = "td") -> str:
-    """A table row; all cells but those that are names are numbers."""
-
-    def cell(text: str) -> str:
-        is_number = tag == "td" and any(c.isdigit() for c in text) and text[0] in "0123456789+-–"
-        return f"<{tag}{' class=number' if is_number else ''}>{escape(text)}</{tag}>"
-
-    return f"<tr>{''.join(cell(text) if text else f'<{tag}></{tag}>' for text in cells)}</tr>"
-
-
-def with_legend(figure: go.Figure) -> go.Figure:
-    """With a legend under the panels."""
-    figure.update_layout(
-        showlegend=True, legend={"orientation": "h", "y": -0.22, "x": 0}, margin_b=90, barmode="group"
-    )
-    return figure
+    columns = ["layer", "matched by", "similarity", "nearest", "found again", "same partner by both"]
+    return Table(columns, rows)

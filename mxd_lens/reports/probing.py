@@ -1,56 +1,52 @@
-"""The page about a probing run: the best experts of every class, and what more of them together do."""
+"""The page about a probing run: the best experts of each class, and several experts together."""
 
-from collections.abc import Iterable
-from html import escape
 from pathlib import Path
 from statistics import mean
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from mxd_lens.artifacts.page import COLOURS, GREY, style, write_page, write_png
-from mxd_lens.evals.probing.probing import (
-    ALL,
-    ALWAYS,
-    CONSTANT,
-    N_KEPT,
-    SparseProbing,
-    TaskFacts,
-    of_k,
-    spread,
-)
+from mxd_lens.artifacts.page import GREY, Section, colours_of, style, write_page, write_png
+from mxd_lens.artifacts.tables import Table
+from mxd_lens.evals.probing.probing import ALL, ALWAYS, CONSTANT, N_KEPT, SparseProbing, of_k, spread
 
 COLUMNS = 2
 """Tasks beside each other."""
-DENSE_DASH = "dot"
 
 
 def write_probing_page(path: str | Path, result: SparseProbing) -> Path:
-    """Writes the page; the PNG of its second figure is `write_probing_png`'s."""
+    """Write the page; `write_probing_png` writes its last figure as a picture."""
     settings = result.settings
-    parts: list[str | go.Figure] = []
-    for task in result.tasks:
-        parts += [f"<h2>The best experts of each class: {escape(task)}</h2>", experts_figure(result, task)]
-    parts += [
-        "<h2>Several experts together</h2>",
-        together_figure(result),
-        f'<h2>Every mean</h2><div class="wide">{result._repr_html_()}</div>',
-        f'<h2>The texts</h2><div class="wide"><table>{text_rows(result.tasks.items())}</table></div>',
+    best = [
+        Section(
+            f"Single experts: {task}",
+            f"Each point is one of the {N_KEPT} experts that are best on the training split; the grey line "
+            "is a constant answer.",
+            (experts_figure(result, task),),
+        )
+        for task in result.tasks
     ]
     layers = ", ".join(f"{name} ({layer['d_sae']:,} experts)" for name, layer in settings["layers"].items())
     return write_page(
         path,
         f"Sparse probing of {settings['model_name']}",
-        f"One expert's mean coefficient over a text as the probe of its class: {layers}. For each class the "
-        f"{settings['n_candidates']} experts whose mean differs most on the training split are tried; the "
-        f"{N_KEPT} best there are shown, with their F1 on the test split, over {len(settings['seeds'])} "
-        f"splits. Up to {settings['context_size']} tokens of a text are read.",
-        parts,
+        f"The mean coefficient of one expert over a text as a probe of the text's class: {layers}; "
+        f"{len(settings['seeds'])} splits, up to {settings['context_size']} tokens of each text.",
+        [
+            Section(
+                "Several experts together",
+                "Test F1 against the number of experts in a probe; dotted: dense activations.",
+                (together_figure(result),),
+            ),
+            *best,
+            Section("All means", "", (result,)),
+            Section("The texts", "", (texts(result),)),
+        ],
     )
 
 
 def write_probing_png(path: str | Path, result: SparseProbing) -> Path:
-    """Writes the figure of k against F1 as a picture.
+    """Write the figure of F1 against k as a picture.
 
     Raises:
         ImportError: kaleido is not installed.
@@ -59,10 +55,11 @@ def write_probing_png(path: str | Path, result: SparseProbing) -> Path:
 
 
 def colours(result: SparseProbing) -> dict[str, str]:
-    """A layer's colour; grey for dense activations."""
-    layers = dict(zip(result.settings["layers"], COLOURS * len(result.settings["layers"]), strict=False))
+    """The colour of each layer, by its architecture; grey for dense activations."""
+    layers = result.settings["layers"]
     dense = [name for name in result.features if name not in layers and is_probed(result, name)]
-    return layers | dict.fromkeys(dense, GREY)
+    found = colours_of({name: layer.get("architecture", "") for name, layer in layers.items()})
+    return found | dict.fromkeys(dense, GREY)
 
 
 def is_probed(result: SparseProbing, features: str) -> bool:
@@ -71,7 +68,7 @@ def is_probed(result: SparseProbing, features: str) -> bool:
 
 
 def experts_figure(result: SparseProbing, task: str) -> go.Figure:
-    """The test F1 of the best single experts: a box a class and layer, a point an expert and split."""
+    """The test F1 of the best single experts: a box for each class and layer."""
     figure = go.Figure()
     for features, colour in colours(result).items():
         points = [(probe, expert) for probe in result.select(task, features) for expert in probe.experts]
@@ -79,7 +76,7 @@ def experts_figure(result: SparseProbing, task: str) -> go.Figure:
             x=[probe.label for probe, _ in points],
             y=[expert.f1 for _, expert in points],
             text=[f"expert {expert.expert}, split {probe.seed}" for probe, expert in points],
-            hovertemplate=f"{escape(features)}, %{{text}}<br>F1 %{{y:.3f}}<extra></extra>",
+            hovertemplate="%{fullData.name}, %{text}<br>F1 %{y:.3f}<extra></extra>",
             name=features,
             boxpoints="all",
             jitter=0.5,
@@ -88,7 +85,7 @@ def experts_figure(result: SparseProbing, task: str) -> go.Figure:
             line_width=1.2,
             fillcolor="rgba(0,0,0,0)",
         )
-    for label in result.tasks[task].balance:
+    for i, label in enumerate(result.tasks[task].balance):
         level = [probe.scores[CONSTANT].f1 for probe in result.select(task, ALWAYS, label)]
         figure.add_scatter(
             x=[label],
@@ -97,7 +94,7 @@ def experts_figure(result: SparseProbing, task: str) -> go.Figure:
             marker={"symbol": "line-ew-open", "size": 60, "color": GREY},
             name=ALWAYS,
             hovertemplate=f"{ALWAYS}: F1 %{{y:.3f}}<extra></extra>",
-            showlegend=label == next(iter(result.tasks[task].balance)),
+            showlegend=not i,
         )
     style(figure, 430)
     figure.update_layout(boxmode="group", showlegend=True, legend={"orientation": "h", "y": -0.15})
@@ -105,13 +102,13 @@ def experts_figure(result: SparseProbing, task: str) -> go.Figure:
 
 
 def together_figure(result: SparseProbing) -> go.Figure:
-    """F1 against the number of experts in a probe, a panel a task; the level of all coordinates beside it."""
+    """F1 against the number of experts in a probe, a panel for each task, dense activations beside it."""
     ks, tasks = result.settings["ks"], list(result.tasks)
     rows = -(-len(tasks) // COLUMNS)
     figure = make_subplots(
         rows=rows,
         cols=COLUMNS,
-        subplot_titles=[escape(task) for task in tasks],
+        subplot_titles=tasks,
         vertical_spacing=0.22 / rows,
         horizontal_spacing=0.08,
     )
@@ -126,12 +123,12 @@ def together_figure(result: SparseProbing) -> go.Figure:
                 y=[mean(f1) for f1 in values.values()],
                 error_y={"array": [spread(f1) for f1 in values.values()], "width": 2, "thickness": 1},
                 mode="lines+markers",
-                line={"color": colour, "width": 1.5, "dash": DENSE_DASH if dense else "solid"},
+                line={"color": colour, "width": 1.5, "dash": "dot" if dense else "solid"},
                 marker_symbol="x" if dense and "out" in features else "circle",
                 name=features,
                 legendgroup=features,
                 showlegend=i == 0,
-                hovertemplate=f"{escape(features)}, %{{x}}: F1 %{{y:.3f}}<extra></extra>",
+                hovertemplate="%{fullData.name}, %{x}: F1 %{y:.3f}<extra></extra>",
                 row=i // COLUMNS + 1,
                 col=i % COLUMNS + 1,
             )
@@ -144,19 +141,16 @@ def together_figure(result: SparseProbing) -> go.Figure:
     )
 
 
-def text_rows(tasks: Iterable[tuple[str, TaskFacts]]) -> str:
-    """A table row a task: where its texts are from, how many, of which class."""
-    names = ("Task", "From", "Texts of each class", "Tokens", "Cut", "Left out")
-    head = "<tr>" + "".join(f"<th>{name}</th>" for name in names) + "</tr>"
-    body = "\n".join(
-        f"<tr><td>{escape(name)}</td><td>{escape(facts.provider)}</td>"
-        f"<td>{escape(listed(facts.balance))}</td>"
-        f'<td class="number">{facts.n_tokens:,}</td><td class="number">{facts.n_cut:,}</td>'
-        f"<td>{escape(listed(facts.removed))}</td></tr>"
-        for name, facts in tasks
+def texts(result: SparseProbing) -> Table:
+    """Where the texts of each task are from, how many, of which class."""
+
+    def listed(counts: dict[str, int]) -> str:
+        return ", ".join(f"{name} {n:,}" for name, n in counts.items() if n) or "none"
+
+    return Table(
+        ["task", "source", "texts of each class", "tokens", "cut", "left out"],
+        [
+            [name, f.provider, listed(f.balance), f"{f.n_tokens:,}", f"{f.n_cut:,}", listed(f.removed)]
+            for name, f in result.tasks.items()
+        ],
     )
-    return f"{head}\n{body}"
-
-
-def listed(counts: dict[str, int]) -> str:
-    return ", ".join(f"{name} {n:,}" for name, n in counts.items() if n) or "none"

@@ -1,54 +1,65 @@
-"""The page of steering scores: concept coherence against fluency, an ellipse an architecture, and texts."""
+"""The page of steering scores: concept coherence against fluency, and the best and worst texts."""
 
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from statistics import mean, median, stdev
 
 import numpy as np
 import plotly.graph_objects as go
 
-from mxd_lens.artifacts.page import COLOURS, facts_table, style, write_page, write_png
+from mxd_lens.artifacts.page import (
+    Section,
+    Texts,
+    colours_of,
+    facts,
+    picture,
+    style,
+    write_page,
+    write_png,
+)
+from mxd_lens.artifacts.tables import Cell, Table
 from mxd_lens.evals.steering_scores import SteeringScore, SteeringScores
 
 N_SHOWN = 5
-"""Experts a layer whose texts are shown, of the best and of the worst."""
+"""Experts of each layer whose texts are shown, of the best and of the worst."""
 
 
-def write_steering_page(path: str | Path, scores: SteeringScores, picture: str = "") -> Path:
-    """Writes the figure, every layer's means, and the texts of its best and worst experts.
+def write_steering_page(path: str | Path, scores: SteeringScores, picture_file: str = "") -> Path:
+    """Write the figure, the means of every layer, and the texts of its best and worst experts.
 
     Args:
         path: the HTML file.
         scores: what it is about.
-        picture: a picture file beside it to show in the place of the figure: without plotly.js the page
-            is small.
+        picture_file: a PNG beside it to show in place of the figure: without plotly.js the page is small.
     """
-    parts: list[str | go.Figure] = [
-        f'<img src="{escape(picture)}" alt="" style="width: 100%">' if picture else steering_figure(scores),
-        f'<div class="wide"><table>{means(scores)}</table></div>',
-    ]
-    for layer in scores.settings["layers"]:
-        ranked = sorted((s for s in scores.scores if s.layer == layer), key=worth, reverse=True)
-        shown = {"best": ranked[:N_SHOWN], "worst": ranked[N_SHOWN:][-N_SHOWN:]}
-        for which, of_it in shown.items():
-            if of_it:
-                parts.append(f"<h2>{escape(layer)}: the {which} {len(of_it)}</h2>")
-                parts += [texts_of(score) for score in of_it]
     settings = scores.settings
-    parts.append(f"<h2>How</h2>{facts_table(settings)}")
+    shown = picture(Path(path).parent / picture_file) if picture_file else steering_figure(scores)
+    sections = [
+        Section(
+            "",
+            "Each point is one expert: how much the texts steered by it have in common that the unsteered "
+            "ones lack, against how fluent they are. Ellipses: one standard deviation around the mean.",
+            (shown, means(scores)),
+        )
+    ]
+    for layer in settings["layers"]:
+        ranked = sorted((s for s in scores.scores if s.layer == layer), key=worth, reverse=True)
+        for which, chosen in {"best": ranked[:N_SHOWN], "worst": ranked[N_SHOWN:][-N_SHOWN:]}.items():
+            if chosen:
+                texts = {label(score): continuations(score) for score in chosen}
+                claim = f"The {which} experts by concept x fluency."
+                sections.append(Section(f"{layer}: the {which} {len(chosen)}", claim, (Texts(texts),)))
+    sections.append(Section("Settings", "", (facts(settings),)))
     return write_page(
         path,
-        f"Steering {settings['model_name']} one expert at a time",
-        "Each point is one expert: how much the texts written while it was raised have in common that the "
-        "unsteered ones lack, and how likely and unrepetitive they are. Ellipses: one standard deviation "
-        "around the mean. Best and worst are by the product of the two.",
-        parts,
+        f"Steering {settings['model_name']} with one expert at a time",
+        f"{len(scores.scores):,} experts of {len(settings['layers'])} layers, scored by {settings['judge']}.",
+        sections,
     )
 
 
 def write_steering_png(path: str | Path, scores: SteeringScores) -> Path:
-    """Writes the figure as a picture.
+    """Write the figure as a picture.
 
     Raises:
         ImportError: kaleido is not installed.
@@ -61,75 +72,64 @@ def worth(score: SteeringScore) -> float:
     return score.concept * score.fluency / 100
 
 
-def means(scores: SteeringScores) -> str:
-    """The rows of a table with a line a layer: mean and standard error."""
-    columns = (
-        "layer",
-        "experts",
-        "concept",
-        "fluency",
-        "concept x fluency / 100",
-        "median perplexity",
-        "unsteered",
-        "repetition",
-    )
-    rows = ["<tr>" + "".join(f"<th>{name}</th>" for name in columns) + "</tr>"]
+def means(scores: SteeringScores) -> Table:
+    """Mean and standard error of each layer."""
+    columns = ("layer", "experts", "concept", "fluency", "concept x fluency / 100", "median perplexity")
+    rows: list[list[Cell]] = []
     for layer in scores.settings["layers"]:
-        of_it = [score for score in scores.scores if score.layer == layer]
-        if of_it:
-            cells = [
-                with_error([score.concept for score in of_it]),
-                with_error([score.fluency for score in of_it]),
-                with_error([worth(score) for score in of_it]),
-                f"{median(score.perplexity for score in of_it):.1f}",
-                f"{of_it[0].perplexity_unsteered:.1f}",
-                f"{mean(score.repetition for score in of_it):.2f}",
-            ]
+        found = [score for score in scores.scores if score.layer == layer]
+        if found:
+            unsteered = f"({found[0].perplexity_unsteered:.1f} unsteered)"
             rows.append(
-                f"<tr><td>{escape(layer)}</td><td class='number'>{len(of_it)}</td>"
-                + "".join(f"<td class='number'>{cell}</td>" for cell in cells)
-                + "</tr>"
+                [
+                    layer,
+                    len(found),
+                    with_error([score.concept for score in found]),
+                    with_error([score.fluency for score in found]),
+                    with_error([worth(score) for score in found]),
+                    f"{median(s.perplexity for s in found):.1f} {unsteered}",
+                ]
             )
-    return "".join(rows)
+    return Table(columns, rows)
 
 
 def with_error(numbers: Sequence[float]) -> str:
     """The mean, and its standard error where there are two numbers."""
-    error = f" <small>&plusmn; {stdev(numbers) / len(numbers) ** 0.5:.1f}</small>" if len(numbers) > 1 else ""
+    error = f" ± {stdev(numbers) / len(numbers) ** 0.5:.1f}" if len(numbers) > 1 else ""
     return f"{mean(numbers):.1f}{error}"
 
 
-def texts_of(score: SteeringScore) -> str:
+def label(score: SteeringScore) -> str:
+    """An expert and its scores."""
+    return (
+        f"expert {score.expert}: concept {score.concept:.0f}, fluency {score.fluency:.0f}, perplexity "
+        f"{score.perplexity:.1f}"
+    )
+
+
+def continuations(score: SteeringScore) -> str:
     """One expert's texts; equal ones once, with how often."""
     counts = {text: score.texts.count(text) for text in score.texts}
-    texts = "".join(
-        f"<p>{escape(text)}{f' <small>({n} times)</small>' if n > 1 else ''}</p>"
-        for text, n in counts.items()
-    )
-    return (
-        f'<div class="continuation"><b>expert {score.expert}: concept {score.concept:.0f}, fluency '
-        f"{score.fluency:.0f}, perplexity {score.perplexity:.1f}</b>{texts}</div>"
-    )
+    return "\n\n".join(f"{text} ({n} times)" if n > 1 else text for text, n in counts.items())
 
 
 def steering_figure(scores: SteeringScores) -> go.Figure:
-    """Every expert as a point, and for each architecture the mean and one standard deviation around it."""
+    """Every expert as a point; the mean and one standard deviation of each architecture."""
     figure = go.Figure()
     architectures = list(dict.fromkeys(score.architecture for score in scores.scores))
-    for i, architecture in enumerate(architectures):
-        colour = COLOURS[i % len(COLOURS)]
-        of_it = [score for score in scores.scores if score.architecture == architecture]
-        label = " and ".join(dict.fromkeys(score.layer for score in of_it))
-        concept, fluency = [score.concept for score in of_it], [score.fluency for score in of_it]
+    for architecture, colour in colours_of({a: a for a in architectures}).items():
+        found = [score for score in scores.scores if score.architecture == architecture]
+        name = " and ".join(dict.fromkeys(score.layer for score in found))
+        concept, fluency = [score.concept for score in found], [score.fluency for score in found]
         figure.add_scatter(
             x=concept,
             y=fluency,
             mode="markers",
             marker={"color": colour, "size": 6, "opacity": 0.45},
-            name=label,
+            name=name,
             legendgroup=architecture,
             showlegend=False,
-            text=[f"{score.layer}, expert {score.expert}" for score in of_it],
+            text=[f"{score.layer}, expert {score.expert}" for score in found],
             hovertemplate="%{text}<br>concept %{x:.0f}, fluency %{y:.0f}<extra></extra>",
         )
         x, y = ellipse(concept, fluency)
@@ -138,7 +138,7 @@ def steering_figure(scores: SteeringScores) -> go.Figure:
             y=y,
             mode="lines",
             line={"color": colour, "width": 2.5},
-            name=f"{label}, {len(of_it)} experts",
+            name=f"{name}, {len(found)} experts",
             legendgroup=architecture,
             hoverinfo="skip",
         )

@@ -1,14 +1,15 @@
 """Top-k gate and sparse decode, with their gradients. Imports torch alone.
 
-The two operations every architecture here is made of:
+The operations that every architecture here is made of:
 
     values, indices = topk_gate(x, W_enc, b_enc, k)      a = TopK_k(relu(x W_enc + b_enc))
+    values = sparse_encode(x, W_enc, b_enc, indices)     relu(x W_enc + b_enc) of chosen experts
     mixture = sparse_decode(values, indices, W_dec)      C^T a
 
 Time and memory grow with d_sae through the gate's forward product alone: no
 `[batch, d_sae]` matrix exists whole in the forward pass, and none exists in the
 backward pass. Gradients are exact; they cannot be differentiated again. Under
-`torch.compile` both operations run as they are, between compiled graphs: a step
+`torch.compile` the operations run as they are, between compiled graphs: a step
 compiles, but not with `fullgraph=True`.
 
 Each operation has three implementations, chosen by the device of its input:
@@ -38,7 +39,14 @@ from torch import Tensor
 
 from mxd_lens.sparse import autograd, first_use, reference
 
-__all__ = ["Implementation", "implementation", "sparse_decode", "topk_gate"]
+__all__ = [
+    "Implementation",
+    "implementation",
+    "pre_activations",
+    "sparse_decode",
+    "sparse_encode",
+    "topk_gate",
+]
 
 Implementation = Literal["reference", "cpu", "triton"]
 
@@ -72,17 +80,43 @@ def topk_gate(
     Raises:
         ValueError: shapes or dtypes that do not fit, or k outside [1, d_sae].
     """
-    x, W_enc, b_enc = _autocast(x, W_enc, b_enc)
-    d_in, d_sae = W_enc.shape
-    if x.ndim == 0 or x.shape[-1] != d_in or b_enc.shape != (d_sae,):
-        raise ValueError(
-            "topk_gate takes x [..., d_in], W_enc [d_in, d_sae] and b_enc [d_sae], "
-            f"not {list(x.shape)}, {list(W_enc.shape)} and {list(b_enc.shape)}"
-        )
-    if not 1 <= k <= d_sae:
-        raise ValueError(f"k must lie between 1 and d_sae = {d_sae}, not {k}")
-    _same_dtype(x=x, W_enc=W_enc, b_enc=b_enc)
+    x, W_enc, b_enc = _encoder("topk_gate", x, W_enc, b_enc)
+    if not 1 <= k <= W_enc.shape[1]:
+        raise ValueError(f"k must lie between 1 and d_sae = {W_enc.shape[1]}, not {k}")
     return _run("topk_gate", x, W_enc, b_enc, k)
+
+
+def sparse_encode(
+    x: Float[Tensor, "*batch d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    indices: Int[Tensor, "*batch k"],
+) -> Float[Tensor, "*batch k"]:
+    """relu(x W_enc + b_enc) at these indices, for gates that choose experts in a way of their own.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+    """
+    x, W_enc, b_enc = _encoder("sparse_encode", x, W_enc, b_enc)
+    if indices.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            f"sparse_encode takes indices [..., k] for x [..., d_in], not {list(indices.shape)} "
+            f"for {list(x.shape)}"
+        )
+    return _run("sparse_encode", x, W_enc, b_enc, indices)
+
+
+@torch.no_grad()
+def pre_activations(
+    x: Float[Tensor, "tokens d_in"], W_enc: Float[Tensor, "d_in d_sae"], b_enc: Float[Tensor, " d_sae"]
+) -> Iterator[Float[Tensor, "block d_sae"]]:
+    """x W_enc + b_enc in blocks of tokens, in order, without gradients; a block lives until the next.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+    """
+    x, W_enc, b_enc = _encoder("pre_activations", x, W_enc, b_enc)
+    yield from _run("pre_activations", x, W_enc, b_enc)
 
 
 def sparse_decode(
@@ -109,6 +143,18 @@ def sparse_decode(
         )
     _same_dtype(values=values, W_dec=W_dec)
     return _run("sparse_decode", values, indices, W_dec, unit_rows=unit_rows)
+
+
+def _encoder(operation: str, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> tuple[Tensor, ...]:
+    x, W_enc, b_enc = _autocast(x, W_enc, b_enc)
+    d_in, d_sae = W_enc.shape
+    if x.ndim == 0 or x.shape[-1] != d_in or b_enc.shape != (d_sae,):
+        raise ValueError(
+            f"{operation} takes x [..., d_in], W_enc [d_in, d_sae] and b_enc [d_sae], "
+            f"not {list(x.shape)}, {list(W_enc.shape)} and {list(b_enc.shape)}"
+        )
+    _same_dtype(x=x, W_enc=W_enc, b_enc=b_enc)
+    return x, W_enc, b_enc
 
 
 @torch.compiler.disable

@@ -1,4 +1,4 @@
-"""The gradients of both operations, written once over three kernels.
+"""The gradients of the operations, written once over three kernels.
 
 With T tokens and k entries a token, entry e belongs to token t_e and selects row
 n_e with value v_e. Two views of the same T k entries are all that is needed: by
@@ -85,8 +85,41 @@ def topk_gate(
     b_enc: Float[Tensor, " d_sae"],
     k: int,
 ) -> tuple[Float[Tensor, "*batch k"], Int[Tensor, "*batch k"]]:
-    values, indices = _TopKGate.apply(x.reshape(-1, x.shape[-1]), W_enc, b_enc, k, kernels)
+    rows = x.reshape(-1, x.shape[-1])
+    with torch.no_grad():
+        values = rows.new_empty(len(rows), k)
+        indices = torch.empty(len(rows), k, dtype=torch.int64, device=x.device)
+        done = 0
+        for block in kernels.pre_activations(rows, W_enc, b_enc):
+            of_block = slice(done, done := done + len(block))
+            values[of_block], indices[of_block] = largest(block, k)
+        values.relu_()
+    values = _Gate.apply(rows, W_enc, b_enc, values, indices, kernels)
     return values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)
+
+
+def sparse_encode(
+    kernels: Kernels,
+    x: Float[Tensor, "*batch d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    indices: Int[Tensor, "*batch k"],
+) -> Float[Tensor, "*batch k"]:
+    rows, chosen = x.reshape(-1, x.shape[-1]), indices.reshape(-1, indices.shape[-1])
+    with torch.no_grad():
+        token_of = torch.arange(len(rows), device=x.device).repeat_interleave(chosen.shape[1])
+        products = kernels.dot_products(rows, token_of, W_enc.T, chosen.flatten())
+        values = (products + b_enc[chosen.flatten()]).relu_().to(x.dtype).view(chosen.shape)
+    return _Gate.apply(rows, W_enc, b_enc, values, chosen, kernels).view(indices.shape)
+
+
+def pre_activations(
+    kernels: Kernels,
+    x: Float[Tensor, "tokens d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+) -> Iterator[Float[Tensor, "block d_sae"]]:
+    return kernels.pre_activations(x, W_enc, b_enc)
 
 
 def sparse_decode(
@@ -102,26 +135,26 @@ def sparse_decode(
     return mixture.view(*batch, W_dec.shape[1])
 
 
-class _TopKGate(torch.autograd.Function):
+class _Gate(torch.autograd.Function):
+    """The values of chosen pre-activations, already computed: only their gradients are left."""
+
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, kernels: Kernels
-    ) -> tuple[Tensor, Tensor]:
-        values = x.new_empty(len(x), k)
-        indices = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
-        done = 0
-        for block in kernels.pre_activations(x, W_enc, b_enc):
-            rows = slice(done, done := done + len(block))
-            values[rows], indices[rows] = largest(block, k)
-        values.relu_()
-        ctx.mark_non_differentiable(indices)
+        ctx: Any,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,  # noqa: ARG004 (its gradient is wanted)
+        values: Tensor,
+        indices: Tensor,
+        kernels: Kernels,
+    ) -> Tensor:
         ctx.save_for_backward(x, W_enc, values, indices)
         ctx.kernels = kernels
-        return values, indices
+        return values.view_as(values)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_values: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_values: Tensor) -> tuple[Tensor | None, ...]:
         x, W_enc, values, indices = ctx.saved_tensors
         d_sae = W_enc.shape[1]
         d_pre = d_values.masked_fill(values == 0, 0)
@@ -135,7 +168,7 @@ class _TopKGate(torch.autograd.Function):
             ).T
         if ctx.needs_input_grad[2]:
             d_b = _row_sums(d_pre.flatten(), indices.flatten(), d_sae).to(d_pre.dtype)
-        return d_x, d_W, d_b, None, None
+        return d_x, d_W, d_b, None, None, None
 
 
 class _SparseDecode(torch.autograd.Function):

@@ -81,5 +81,46 @@ class Active:
         )
 
 
-Coefficients = Dense | Active
+@dataclass(frozen=True)
+class Ragged:
+    """The coefficients of as many experts of each token as are active, in rows of n entries.
+
+    A token has as many rows as it needs; a row that is not full ends in entries with coefficient 0.
+    """
+
+    values: Float[Tensor, "rows n"]
+    experts: Int[Tensor, "rows n"]
+    token_of: Int[Tensor, " rows"]
+    """Which token each row belongs to."""
+    tokens: int
+    d_sae: int
+    trains: bool = False
+
+    def _of_tokens(self, of_rows: Float[Tensor, "rows d"]) -> Float[Tensor, "tokens d"]:
+        return of_rows.new_zeros(self.tokens, of_rows.shape[1]).index_add(0, self.token_of, of_rows)
+
+    def mix(self, weight: Float[Tensor, "d_sae d"], *, unit_rows: bool = False) -> Float[Tensor, "tokens d"]:
+        """sum_n a_n weight[n]. With `unit_rows`, rows that training keeps at unit norm."""
+        return self._of_tokens(
+            sparse_decode(self.values, self.experts, weight, unit_rows=self.trains and unit_rows)
+        )
+
+    def dense(self) -> Float[Tensor, "tokens d_sae"]:
+        return self._of_tokens(Active(self.values, self.experts, self.d_sae).dense())
+
+    def active(self) -> tuple[Float[Tensor, "tokens n"], Int[Tensor, "tokens n"]]:
+        """As `Dense.active`."""
+        return Dense(self.dense()).active()
+
+    def sparse(self) -> Tensor:
+        """a as a COO tensor, detached."""
+        return torch.sparse_coo_tensor(
+            torch.stack([self.token_of.repeat_interleave(self.values.shape[1]), self.experts.flatten()]),
+            self.values.detach().flatten(),
+            (self.tokens, self.d_sae),
+            check_invariants=False,
+        )
+
+
+Coefficients = Dense | Active | Ragged
 """The experts' coefficients of some tokens."""

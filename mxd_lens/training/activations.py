@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typing_extensions import Self, override
 
+from mxd_lens.hooks.site import check_fires, check_free
 from mxd_lens.models import hook_point_name, special_token_ids
 from mxd_lens.text import load_text
 from mxd_lens.training.cache import ActivationCache
@@ -129,7 +130,8 @@ class PairedActivationsStore(ActivationsStore):
             seed: of the order of tokens. Default: cfg.seed.
 
         Raises:
-            ValueError: the model has no such hook point, or there is no text.
+            ValueError: the model has no such hook point, does not run it, or has a layer attached there; or
+                there is no text.
         """
         # A copy: SAELens sets the format of tokenised text, and with it changes the fingerprint.
         dataset = copy.copy(override_dataset)
@@ -146,6 +148,9 @@ class PairedActivationsStore(ActivationsStore):
         # does not change what a cache holds.
         ordered = sorted(runs, key=lambda run: (-len(run.hook_widths), run.hook_name, run.hook_name_out))
         widths = {name: width for run in ordered for name, width in run.hook_widths.items()}
+        for name in widths:
+            check_free(model, name)
+        check_fires(model, *widths)
         hooks = {name: hook_point_name(model, name) for name in widths}
         excluded = special_token_ids(model, cfg.exclude_special_tokens)
         with warnings.catch_warnings():

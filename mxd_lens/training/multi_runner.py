@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from mxd_lens.models import load_model
+from mxd_lens.models import load_model, weight_processing
 from mxd_lens.training.activations import PairedActivationsStore
 from mxd_lens.training.checkpoints import atomic_checkpoint, complete_checkpoints
 from mxd_lens.training.config import WHERE_NOT_WHAT, TranscoderRunnerConfig
@@ -256,6 +256,8 @@ class MultiTranscoderTrainingRunner:
         )
         failed = saved.get("failures", {})
         self.runs = {name: LayerRun(cfg, iter(())) for name, cfg in self.cfgs.items() if name not in failed}
+        for run in self.runs.values():
+            run.sae.cfg.metadata.weight_processing = weight_processing(self.model)
         self.trainer = MultiTranscoderTrainer(
             self.runs,
             first.n_checkpoints_kept,

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mxd_lens.architectures.training import TrainingPairedTranscoder
-from mxd_lens.models import load_model
+from mxd_lens.models import load_model, weight_processing
 from mxd_lens.training.activations import PairedActivationsStore
 from mxd_lens.training.checkpoints import PARTIAL, complete_checkpoints
 from mxd_lens.training.config import IN_METADATA, WHERE_NOT_WHAT, TranscoderRunnerConfig
@@ -155,6 +155,7 @@ class TranscoderTrainingRunner:
         self.activations_store = PairedActivationsStore.from_config(self.model, cfg, override_dataset)
         self.layer = LayerRun(cfg, self.activations_store, override_sae, self._save_run_state)
         self.sae, self.trainer = self.layer.sae, self.layer.trainer
+        self.sae.cfg.metadata.weight_processing = weight_processing(self.model)
         if self.checkpoint is not None:
             logger.info("Resuming from %s", self.checkpoint)
             self.layer.load_checkpoint(self.checkpoint)

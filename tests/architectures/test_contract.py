@@ -7,7 +7,7 @@ import pytest
 import torch
 from small_layers import sizes_of
 
-from mxd_lens import MxD, MxDConfig, SkipMxD, TopKTranscoder, TopKTranscoderConfig, matched_n_experts
+from mxd_lens import MxD, MxDConfig, SkipMxD, TopKTranscoder, TopKTranscoderConfig, matched_n_experts, sparse
 from mxd_lens.architectures import ARCHITECTURES
 from mxd_lens.architectures.base import transcoder_parameters
 from mxd_lens.sparse.coefficients import Active, Dense
@@ -64,6 +64,23 @@ def test_sparse_and_dense_coefficients_say_the_same(layer: Any) -> None:
     torch.testing.assert_close(sparse.sparse().to_dense(), sparse.dense())
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+def test_every_way_of_running_selects_the_same_experts(dtype: str, implementation: Any) -> None:
+    """In 8 bits of mantissa many pre-activations tie, so that rounding once or twice chooses others."""
+    layer = TopKTranscoder(TopKTranscoderConfig(d_in=64, d_out=8, d_sae=4096, k=32, dtype=dtype))
+    x = torch.randn(5, 40, 64, generator=torch.Generator().manual_seed(3)).to(layer.dtype)
+    with torch.no_grad(), sparse.implementation(implementation):
+        torch.nn.init.normal_(layer.b_enc, generator=torch.Generator().manual_seed(4))
+        _, experts = layer.active_experts(x)
+        in_forward = layer.encode(x) != 0
+    chosen = torch.zeros_like(in_forward).scatter(-1, experts, True)
+    assert torch.equal(chosen & in_forward, in_forward)
+    assert in_forward.sum() == 5 * 40 * 32
+    layer.encode(x.requires_grad_()).sum().backward()  # it has gradients too
+    assert x.grad is not None
+
+
 def test_dense_coefficients_name_their_active_experts() -> None:
     a = torch.tensor([[0.0, 3, 0, 1], [0, 0, 0, 2]])
     values, experts = Dense(a).active()
@@ -113,12 +130,13 @@ def test_a_layer_that_computes_something_else_does_not_inherit_what_its_parent_s
         title = "Another name"
 
     squared = Squared(MxDConfig(**settings_of("mxd")))
-    assert squared.formula() == []
+    with pytest.raises(NotImplementedError, match=r"Squared .* does not say its formula"):
+        squared.formula()
     assert squared.expert_weight(0).shape == (6, 5)  # still D diag(c_n), of another z
     cosine = Cosine(TopKTranscoderConfig(**WIDTHS))
-    assert cosine.formula() == []
-    with pytest.raises(NotImplementedError, match="define expert_weight"):
-        cosine.expert_weight(0)
+    for says in (cosine.formula, cosine.expert_weight):
+        with pytest.raises(NotImplementedError, match=r"Cosine .* does not say its"):
+            says(*[0] * (says == cosine.expert_weight))
     assert Renamed.formula is SkipMxD.formula
 
 

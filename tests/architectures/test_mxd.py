@@ -432,5 +432,6 @@ def test_active_experts_are_those_of_encode(x):
     mxd = random_mxd()
     values, indices = mxd.active_experts(x)
     torch.testing.assert_close(torch.zeros(len(x), N).double().scatter(-1, indices, values), mxd.encode(x))
-    with pytest.raises(ValueError, match="relu sparsity"):
-        random_mxd(k=None).active_experts(x)
+    relu = random_mxd(k=None)
+    values, indices = relu.active_experts(x)
+    torch.testing.assert_close(torch.zeros(len(x), N).double().scatter(-1, indices, values), relu.encode(x))

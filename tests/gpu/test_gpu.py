@@ -110,7 +110,8 @@ def assert_near(ours: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
 def test_a_training_step_is_the_cpus(training: Any, k: int | None) -> None:
     config = next(config for *_, made, config in ARCHITECTURES.values() if made is training)
     l1 = 0.0 if k else 1e-3
-    cfg = config(d_in=12, d_out=20, d_sae=60, k=k, l1_coefficient=l1, **sizes_of(config))
+    sizes = {"d_in": 12, "d_out": 20, "d_sae": 60, "k": k, "l1_coefficient": l1} | sizes_of(config)
+    cfg = config(**sizes)
     torch.manual_seed(0)
     on_cpu = training(cfg)
     with torch.no_grad():
@@ -144,7 +145,7 @@ def gpu_model(tiny_folder: Path) -> HookedSAETransformer:
 def runner_config(training: Any, **settings: Any) -> TranscoderRunnerConfig:
     config = next(config for *_, made, config in ARCHITECTURES.values() if made is training)
     return TranscoderRunnerConfig(
-        sae=config(d_in=D_MODEL, d_out=D_MODEL, d_sae=40, k=4, **sizes_of(config)),
+        sae=config(**{"d_in": D_MODEL, "d_out": D_MODEL, "d_sae": 40, "k": 4} | sizes_of(config)),
         model_name="llama-of-words",
         hook_name=HOOK_IN,
         hook_name_out=HOOK_OUT,
@@ -201,7 +202,7 @@ def test_a_layer_on_the_gpu_is_attached_and_evaluated(
         ],
     )
     torch.testing.assert_close(seen["y"], sae(seen["x"]))
-    report = evaluate(sae, gpu_model, tokens, progress=False)
+    report = evaluate(gpu_model, sae, tokens, progress=False)
     on_cpu = evaluate(sae.to("cpu"), load_model(tiny_folder), tokens.cpu(), progress=False)
     assert report.normalized_mse == pytest.approx(on_cpu.normalized_mse, rel=1e-4)
     assert report.ce_loss_replaced == pytest.approx(on_cpu.ce_loss_replaced, rel=1e-4)

@@ -208,7 +208,7 @@ CALLS: dict[str, tuple[str, ...]] = {
     "sae_training.config.__loader__.exec_module": (TOUCH,),
     "sae_training.config.os.system": (TOUCH,),
     "sae_training.utils.run": (TOUCH,),
-    "mxd_lens.cli.main": (),
+    "mxd_lens.cli.application.main": (),
 }
 
 

@@ -306,11 +306,11 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 def test_the_command(tmp_path: Path) -> None:
     path, folder = write(tmp_path), tmp_path / "layer"
-    result = CliRunner().invoke(app, ["convert", str(path), str(folder), "--dtype", "bfloat16"])
+    result = CliRunner().invoke(app, ["convert", str(path), "-o", str(folder), "--dtype", "bfloat16"])
     assert result.exit_code == 0, result.output
     assert f"Saved in {folder}: MxD of 'gpt2-small'" in result.output
     assert MxD.from_pretrained(folder).cfg.dtype == "bfloat16"
-    result = CliRunner().invoke(app, ["convert", str(path), str(folder)])
+    result = CliRunner().invoke(app, ["convert", str(path), "-o", str(folder)])
     assert result.exit_code == 1
     assert "Error: " in result.output
     assert "Traceback" not in result.output

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mxd_lens import sparse
-from mxd_lens.sparse import cpu, sparse_decode, topk_gate
+from mxd_lens.sparse import cpu, pre_activations, sparse_decode, sparse_encode, topk_gate
 
 IMPLEMENTATIONS = [
     "reference",
@@ -147,6 +147,41 @@ def test_values_and_gradients_are_the_formulas(
     for actual, expected in zip(layer, exact, strict=True):
         assert actual.grad is not None
         assert_close(actual.grad, expected.grad, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_chosen_pre_activations_are_the_formulas(device: str, case: tuple, dtype: torch.dtype) -> None:
+    batch, d_in, d_out, d_sae, k = case
+    layer = make(batch, d_in, d_out, d_sae, dtype, device)
+    generator = torch.Generator().manual_seed(5)
+    indices = torch.randint(0, d_sae, (*batch, k), generator=generator).to(device)
+    values = sparse_encode(layer.x, layer.W_enc, layer.b_enc, indices)
+    backward((values,))
+    assert values.dtype == dtype
+    exact = doubled(layer)
+    expected = (exact.x @ exact.W_enc + exact.b_enc).relu().gather(-1, indices)
+    backward((expected,))
+    assert_close(values, expected, dtype)
+    for actual, expected_of in zip(layer[:3], exact[:3], strict=True):
+        assert_close(actual.grad, expected_of.grad, dtype)
+
+
+def test_blocks_of_pre_activations_are_the_formulas(device: str) -> None:
+    layer = make((150,), 6, 5, 20, device=device)
+    blocks = [block.clone() for block in pre_activations(layer.x, layer.W_enc, layer.b_enc)]
+    torch.testing.assert_close(torch.cat(blocks), (layer.x @ layer.W_enc + layer.b_enc).detach())
+
+
+def test_products_of_rows_without_torchs_private_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(6)
+    left, right = torch.randn(2, 9, 7, generator=generator)
+    left_rows, right_rows = torch.randint(0, 9, (2, 5_000), generator=generator)
+    fast = cpu.dot_products(left, left_rows, right, right_rows)
+    monkeypatch.setattr(cpu, "_embedding_bag_product", lambda: None)
+    torch.testing.assert_close(cpu.dot_products(left, left_rows, right, right_rows), fast)
+    torch.testing.assert_close(fast, (left[left_rows] * right[right_rows]).sum(-1))
+    assert len(cpu.dot_products(left, left_rows[:0], right, right_rows[:0])) == 0
 
 
 def test_gradcheck(device: str) -> None:
@@ -295,5 +330,7 @@ def test_errors_name_what_was_given() -> None:
         topk_gate(x.float(), W_enc, b_enc, 2)
     with pytest.raises(ValueError, match=r"\[4, 2\], \[4, 1\] and \[9, 5\]"):
         sparse_decode(values, indices[:, :1], W_dec)
+    with pytest.raises(ValueError, match="sparse_encode takes indices"):
+        sparse_encode(x, W_enc, b_enc, indices[:1])
     with pytest.raises(ValueError, match="'fast'"), sparse.implementation("fast"):  # type: ignore[arg-type]
         pass

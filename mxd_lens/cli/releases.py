@@ -1,0 +1,97 @@
+"""The commands about saved layers: convert, push, pretrained."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mxd_lens.cli.application import command, show
+from mxd_lens.cli.loading import check_layer_folder
+from mxd_lens.cli.options import Json, checked, is_folder_to_write, one_of, output_folder
+
+
+def is_layer_folder(folder: Path) -> Path:
+    check_layer_folder(folder.expanduser())
+    return folder.expanduser()
+
+
+def is_repository(name: str) -> str:
+    if name.count("/") != 1 or not all(name.split("/")):
+        raise ValueError(f"{name!r} is not a repository on the Hugging Face hub. Write user/repo.")
+    return name
+
+
+@command
+def convert(
+    file: Annotated[
+        Path,
+        typer.Argument(help="A checkpoint of the paper's code: .pt, .pkl or .pkl.gz.", exists=True),
+    ],
+    output: Annotated[Path, output_folder("The folder to write; it must be new or empty.")],
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="dtype of the layer: float32, bfloat16, float16. Default: as in the file.",
+            callback=checked(one_of("float32", "bfloat16", "float16")),
+        ),
+    ] = None,
+) -> None:
+    """Convert a checkpoint of the paper's code; it is never executed."""
+    from mxd_lens.pretrained.formats.paper import convert
+
+    layer = convert(file, output, dtype=dtype)
+    typer.echo(f"Saved in {output}: {type(layer).__name__} of {layer.cfg.metadata.model_name!r}.")
+
+
+@command
+def push(
+    layer: Annotated[
+        Path, typer.Argument(help="The folder of a saved layer.", callback=checked(is_layer_folder))
+    ],
+    repository: Annotated[
+        str,
+        typer.Argument(help="Where to: user/repo on the Hugging Face hub.", callback=checked(is_repository)),
+    ],
+    sae_id: Annotated[
+        str | None, typer.Option(help="The layer's folder in the repository. Default: the folder's name.")
+    ] = None,
+    report: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A report of `evaluate --json`, named by its text. Default: LAYER/report.json.", exists=True
+        ),
+    ] = None,
+    license: Annotated[
+        str | None, typer.Option(help="The layer's license, by the hub's name for it: mit, apache-2.0.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str, typer.Option(help="The branch to commit to.")] = "main",
+    dry_run: Annotated[
+        Path | None,
+        typer.Option(
+            help="Upload nothing; write the files to this folder.", callback=checked(is_folder_to_write)
+        ),
+    ] = None,
+) -> None:
+    """Publish a layer on the Hugging Face hub."""
+    from mxd_lens.pretrained.hub import push_to_hub
+
+    where = push_to_hub(
+        layer,
+        repository,
+        sae_id,
+        reports={file.stem: file for file in report or []},
+        license=license,
+        private=private,
+        revision=revision,
+        dry_run=dry_run,
+    )
+    typer.echo(f"Nothing was uploaded. The files are in {dry_run}." if dry_run else where)
+
+
+@command
+def pretrained(json: Json = None) -> None:
+    """List the layers that can be loaded by name."""
+    from mxd_lens import list_pretrained
+
+    show(list_pretrained(), json)
