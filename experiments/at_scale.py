@@ -3,7 +3,7 @@
     python -m experiments.at_scale --model FOLDER --texts texts.npz --jobs jobs.jsonl --output FOLDER
         [--device cuda] [--blocks 2,12]
 
-FOLDER: SmolLM2-135M-Instruct as `mxd_lens.models.smollm2_folder` makes it; for texts.npz see
+FOLDER: SmolLM2-135M-Instruct as `mxd_lens.models.packaged_folder` makes it; for texts.npz see
 `experiments.texts`.
 jobs.jsonl holds a job a line, which are done in their order; the file is read again until a line says
 {"job": "stop"}, so that jobs can be added. Results go to FOLDER/results.jsonl, a line for each job.
@@ -72,11 +72,11 @@ class Bench:
 
     def base(self, text: Evaluation) -> dict[str, Any]:
         """Cross-entropies of the unmodified model, and with one MLP's output at zero or at its mean."""
-        found = {"ce": text.loss.double().mean(1).tolist()}
+        found: dict[str, Any] = {"ce": text.loss.double().mean(1).tolist()}
         for block in self.args.blocks:
             mean = text.pairs[block][..., self.lm.d_model :].float().mean((0, 1))
             for name, value in (("zero", torch.zeros_like(mean)), ("mean", mean)):
-                ce = text.predictions({block: lambda _, y, value=value: value.expand_as(y)})["ce"]
+                ce = text.predictions({block: whole_model.constant(value)})["ce"]
                 found[f"ce_{name}_{block}"] = float(ce.double().mean())
         return found
 

@@ -33,8 +33,8 @@ class LanguageModel:
         from transformers import AutoModelForCausalLM
 
         self.device = device
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
-        self.model.requires_grad_(False)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self.model = model.to(device).eval().requires_grad_(False)
         self.d_model: int = self.model.config.hidden_size
         self.n_blocks: int = self.model.config.num_hidden_layers
         self._layers = self.model.model.layers
@@ -148,7 +148,7 @@ class TrainingRun:
         self.batch = first.clone()
         on_gpu = first.is_cuda
         rate = torch.zeros((), device=first.device) if on_gpu else 0.0
-        self.optimizer = torch.optim.Adam(layer.parameters(), lr=rate, fused=on_gpu, capturable=on_gpu)
+        self.optimizer: Any = torch.optim.Adam(layer.parameters(), lr=rate, fused=on_gpu, capturable=on_gpu)
         self.done = 0
         self.errors = torch.zeros(steps, device=first.device)
         self.error = torch.zeros((), device=first.device)
@@ -302,15 +302,16 @@ class Evaluation:
     @torch.no_grad()
     def predictions(self, replacements: Mapping[int, Replacement]) -> dict[str, Tensor]:
         """Cross-entropy, KL from the unmodified model and top-1 agreement, [sequences, predictions] each."""
-        log_p, divergence, agreement = [], [], []
+        losses: list[Tensor] = []
+        divergence, agreement = [], []
         with self.lm.replaced(replacements):
             for part, unmodified in zip(self.tokens.split(self.batch), self.log_p, strict=True):
                 q = F.log_softmax(self.lm.logits(part), dim=-1)
                 divergence.append((unmodified.exp() * (unmodified - q)).sum(-1))
                 agreement.append((q.argmax(-1) == unmodified.argmax(-1)).float())
-                targets = self.tokens[len(log_p) * self.batch :][: len(part), 2:].to(q.device).long()
-                log_p.append(-q.gather(-1, targets[..., None])[..., 0])
-        return {"ce": torch.cat(log_p), "kl": torch.cat(divergence), "top1": torch.cat(agreement)}
+                targets = self.tokens[len(losses) * self.batch :][: len(part), 2:].to(q.device).long()
+                losses.append(-q.gather(-1, targets[..., None])[..., 0])
+        return {"ce": torch.cat(losses), "kl": torch.cat(divergence), "top1": torch.cat(agreement)}
 
     @torch.no_grad()
     def layer(self, sae: Any, block: int, with_model: bool = True) -> dict[str, Any]:

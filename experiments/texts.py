@@ -11,12 +11,13 @@ is trained on.
 import argparse
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
 
 from experiments.wikitext import wikitext_sequences
-from mxd_lens.models import SMOLLM2, smollm2_folder
+from mxd_lens.models import SMOLLM2, packaged_folder
 from mxd_lens.text import load_text, token_sequences
 
 HELD_OUT = 264
@@ -31,7 +32,7 @@ def main() -> None:
 
     from transformers import AutoTokenizer
 
-    reader = SimpleNamespace(tokenizer=AutoTokenizer.from_pretrained(smollm2_folder()))
+    reader = SimpleNamespace(tokenizer=AutoTokenizer.from_pretrained(packaged_folder(SMOLLM2)))
     wikitext = wikitext_sequences(args.wikitext, reader.tokenizer)
     parts = {"WikiText-2": wikitext[HELD_OUT:]}
     for name in CORPORA:
@@ -43,7 +44,8 @@ def main() -> None:
     print(f"together: {127 * len(train):,} tokens of {SMOLLM2}'s")
     brown = token_sequences(reader, load_text("nltk:brown").shuffle(seed=0), HELD_OUT, separator="eos")
     arrays = {"train": train, "WikiText-2": wikitext[:HELD_OUT], "Brown": brown}
-    np.savez(args.output, **{name: tokens.numpy().astype(np.uint16) for name, tokens in arrays.items()})
+    small: dict[str, Any] = {name: tokens.numpy().astype(np.uint16) for name, tokens in arrays.items()}
+    np.savez_compressed(args.output, **small)
 
 
 if __name__ == "__main__":

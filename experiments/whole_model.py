@@ -109,6 +109,11 @@ def written(layer: Any) -> Any:
     return lambda x, _: layer.output(layer.mixture(layer.coefficients(x)), x)
 
 
+def constant(value: torch.Tensor) -> Any:
+    """The replacement that writes the same at every position."""
+    return lambda _, y: value.expand_as(y)
+
+
 def means_of(values: dict[str, torch.Tensor]) -> dict[str, list[float]]:
     """Of each sequence, to five digits."""
     return {
@@ -124,16 +129,14 @@ def curves(
     n_blocks: int,
 ) -> list[dict[str, Any]]:
     """The metrics with the first or the last n blocks replaced, by each architecture and by mean ablation."""
-    found = []
+    found: list[dict[str, Any]] = []
     replacements: dict[str, dict[int, Any]] = {
         name: {block: written(layer) for block, layer in of.items()} for name, of in layers.items()
     }
-    replacements["mean ablation"] = {
-        block: lambda _, y, mean=mean: mean.expand_as(y) for block, mean in means.items()
-    }
+    replacements["mean ablation"] = {block: constant(mean) for block, mean in means.items()}
     for text_name, text in texts.items():
         base = {"ce": text.loss}
-        found.append({"text": text_name, "member": "unmodified", "count": 0} | means_of(base))
+        found.append({"text": text_name, "member": "unmodified", "count": 0, **means_of(base)})
         for count in counts:
             for side in ("first", "last") if 0 < count < n_blocks else ("first",):
                 blocks = range(count) if side == "first" else range(n_blocks - count, n_blocks)
@@ -141,9 +144,8 @@ def curves(
                     if count == 0 or not set(blocks) <= of.keys():
                         continue
                     values = text.predictions({block: of[block] for block in blocks})
-                    found.append(
-                        {"text": text_name, "member": member, "side": side, "count": count} | means_of(values)
-                    )
+                    at = {"text": text_name, "member": member, "side": side, "count": count}
+                    found.append({**at, **means_of(values)})
     return found
 
 
