@@ -472,7 +472,7 @@ def test_saelens_metadata_is_repaired() -> None:
         ),
         ("gemma_2_transcoder", {}, {"exclude_special_tokens": True}),
     ):
-        from mxd_lens.pretrained.released import REPAIRS
+        from mxd_lens.pretrained.saelens_loaders import REPAIRS
 
         config = dict(before)
         REPAIRS[name](config)

@@ -27,11 +27,10 @@ from mxd_lens.pretrained.formats.source import (
     safetensors_names,
     width_of,
 )
+from mxd_lens.pretrained.saelens_loaders import CHAT_PREFIX
 
 NAME = "Gemma Scope 2"
 CONFIG, WEIGHTS = "config.json", "params.safetensors"
-CHAT_PREFIX = 4
-"""Positions of <bos><start_of_turn>user and a new line, at the start of every chat."""
 
 
 def recognises(source: Source, layer: str) -> bool:
