@@ -4,8 +4,8 @@ Both kernels give each output to one program that reads its entries in a fixed
 order. Nothing is added atomically, so they are deterministic; what torch adds
 around them is so under `torch.use_deterministic_algorithms`.
 
-Run on an H200 with Triton 3.6 (results/gpu): every test of tests/sparse and tests/gpu, in all four precisions.
-Where there is no GPU the tests run both kernels in Triton's interpreter.
+Run on an H200 with Triton 3.6 (results/gpu), in all four precisions. Where there is no GPU the tests run both
+kernels in Triton's interpreter.
 """
 
 # Triton reads its own types from a kernel's arguments.
