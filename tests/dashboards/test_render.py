@@ -201,7 +201,7 @@ def test_an_expert_that_never_fired(tmp_path):
     markup, embedded = parts_of(expert_page(data, data.experts[-1].expert).html)
     assert "It fired on none of the tokens." in markup
     assert "nan" not in re.sub("<.*?>", "", markup).lower()
-    assert "(0.0, 10.0)" in usage(data.settings, data.experts[-1])[0]  # a coefficient to steer by, all the same
+    assert "(0.0, 10.0)" in usage(data.settings, data.experts[-1])[0]
     assert parts_of(index.read_text())[1]["values"]["coherence"][-1] is None
     assert embedded["excerpts"] == []
 
