@@ -52,6 +52,9 @@ def shown(value: Any) -> str:
 class Described:
     """Stands for an object of a class of the paper's code, which is not imported: its attributes are here."""
 
+    args: tuple[Any, ...]
+    """What it was made from."""
+
     def __init__(self, *args: Any) -> None:
         self.__dict__["args"] = args
 
@@ -234,7 +237,7 @@ def check_pickle(stream: IO[bytes], size: int) -> set[str]:
             raise UnreadableCheckpointError(f"its pickle has more than {MAX_OPCODES} opcodes")
         name = opcode.name
         if name == "GLOBAL":
-            names.add(argument.replace(" ", "."))
+            names.add(str(argument).replace(" ", "."))
         if name.endswith("PUT") or name == "MEMOIZE":
             index = len(memo) if argument is None else int(argument)
             if index > MAX_OPCODES:
