@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from mxd_lens.evals.frontier import frontier
     from mxd_lens.evals.probing.probing import sparse_probing
     from mxd_lens.evals.stability import stability
+    from mxd_lens.hooks.positions import trained_positions
     from mxd_lens.hooks.replace import replacement_hooks
     from mxd_lens.hooks.steer import ablate, steer
     from mxd_lens.models import load_model
@@ -85,6 +86,7 @@ __version__ = "0.1.0"
 _MODULES = (
     "architectures",
     "models",
+    "hooks.positions",
     "hooks.replace",
     "hooks.steer",
     "pretrained.hub",
@@ -182,6 +184,7 @@ __all__ = [
     "stability",
     "steer",
     "top_experts",
+    "trained_positions",
     "what_experts_carry",
 ]
 
