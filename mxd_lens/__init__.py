@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     )
     from mxd_lens.dashboards.render import build_dashboard
     from mxd_lens.evals.ablation import AblationReport, ablation_study, what_experts_carry
+    from mxd_lens.evals.check import LayerCheck, check_layer
     from mxd_lens.evals.faithfulness import FaithfulnessReport, evaluate
     from mxd_lens.evals.frontier import frontier
     from mxd_lens.evals.probing.probing import sparse_probing
@@ -101,6 +102,7 @@ _MODULES = (
     "training.activations",
     "training.config",
     "training.runner",
+    "evals.check",
     "evals.faithfulness",
     "evals.frontier",
     "evals.ablation",
@@ -125,6 +127,7 @@ __all__ = [
     "JumpReLUSkipTranscoderConfig",
     "JumpReLUTranscoder",
     "JumpReLUTranscoderConfig",
+    "LayerCheck",
     "MOLTConfig",
     "MxD",
     "MxDConfig",
@@ -164,6 +167,7 @@ __all__ = [
     "ablate",
     "ablation_study",
     "build_dashboard",
+    "check_layer",
     "evaluate",
     "expert_card",
     "expert_statistics",
