@@ -288,6 +288,16 @@ class PairedTranscoder(Transcoder):
         """s, all that the experts' outputs depend on beside their coefficients. [..., 1] of ones here."""
         return x.new_ones(*x.shape[:-1], 1)
 
+    def linear_expert_input(
+        self, x: Float[Tensor, "*batch d_in"], at: Float[Tensor, "*batch d_in"]
+    ) -> Float[Tensor, "*batch s"]:
+        """s(x), with every nonlinearity held at the slope output / input that it has at `at`.
+
+        Affine in x, and s(at) at x = at: for attribution. s itself here, which is constant.
+        """
+        del at
+        return self.expert_input(x)
+
     def mixture(self, a: Coefficients) -> Float[Tensor, "*batch m"]:
         """m, all that the coefficients contribute to the output; linear in a. C^T a here."""
         return a.mix(self.W_dec, unit_rows=self.unit_rows)
