@@ -1,4 +1,4 @@
-"""The commands about saved layers: convert, push, pretrained."""
+"""The commands about saved layers: convert, inspect, check, push, pretrained."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,8 +6,18 @@ from typing import Annotated
 import typer
 
 from mxd_lens.cli.application import command, show
-from mxd_lens.cli.loading import check_layer_folder
-from mxd_lens.cli.options import Json, checked, is_folder_to_write, one_of, output_folder
+from mxd_lens.cli.loading import check_layer_folder, load_its_model
+from mxd_lens.cli.options import (
+    Bridge,
+    Device,
+    ItsModel,
+    Json,
+    best_device,
+    checked,
+    is_folder_to_write,
+    one_of,
+    output_folder,
+)
 
 
 def is_layer_folder(folder: Path) -> Path:
@@ -21,13 +31,32 @@ def is_repository(name: str) -> str:
     return name
 
 
+SOURCE = "A folder or file of another library, or user/repo on the hub; docs/guides/released.md lists them."
+LayerOf = Annotated[
+    str | None,
+    typer.Option("--layer", help="Which layer of SOURCE, as layers.11.mlp or layer_5. `inspect` lists them."),
+]
+
+
+def is_source(written: str) -> str:
+    path = Path(written).expanduser()
+    if not path.exists() and (written.count("/") != 1 or written.startswith((".", "~", "/"))):
+        raise ValueError(f"There is no folder or file {written}. A repository on the hub is user/repo.")
+    return str(path) if path.exists() else written
+
+
 @command
 def convert(
-    file: Annotated[
-        Path,
-        typer.Argument(help="A checkpoint of the paper's code: .pt, .pkl or .pkl.gz.", exists=True),
-    ],
+    source: Annotated[str, typer.Argument(help=SOURCE, callback=checked(is_source))],
     output: Annotated[Path, output_folder("The folder to write; it must be new or empty.")],
+    layer: LayerOf = None,
+    to: Annotated[
+        str,
+        typer.Option(
+            help="The format to write: SAELens, circuit-tracer or sparsify.",
+            callback=checked(one_of("SAELens", "circuit-tracer", "sparsify")),
+        ),
+    ] = "SAELens",
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -36,11 +65,43 @@ def convert(
         ),
     ] = None,
 ) -> None:
-    """Convert a checkpoint of the paper's code; it is never executed."""
-    from mxd_lens.pretrained.formats.paper import convert
+    """Convert a layer of another library; no code in its files is executed."""
+    from mxd_lens.pretrained.released import convert
 
-    layer = convert(file, output, dtype=dtype)
-    typer.echo(f"Saved in {output}: {type(layer).__name__} of {layer.cfg.metadata.model_name!r}.")
+    made = convert(source, output, layer, to=to, dtype=dtype)
+    typer.echo(f"Saved in {output}: {type(made).__name__} of {made.cfg.metadata.model_name!r}.")
+
+
+@command
+def inspect(
+    source: Annotated[str, typer.Argument(help=SOURCE, callback=checked(is_source))],
+    layer: LayerOf = None,
+    json: Json = None,
+) -> None:
+    """Say what a folder, file or repository holds: its format, its layers, what one reads and writes."""
+    from mxd_lens.pretrained.released import inspect_source
+
+    show(inspect_source(source, layer), json)
+
+
+@command
+def check(
+    source: Annotated[str, typer.Argument(help=SOURCE, callback=checked(is_source))],
+    layer: LayerOf = None,
+    model: ItsModel = None,
+    bridge: Bridge = False,
+    device: Device = "auto",
+    json: Json = None,
+) -> None:
+    """Check that a layer is in its right place: its hook points, input, scale and skip connection."""
+    from mxd_lens import check_layer, load_layer
+
+    device = best_device(device)
+    sae = load_layer(source, layer, device)
+    found = check_layer(load_its_model(sae, model, device, bridge), sae)
+    show(found, json)
+    if not found.fits:
+        raise typer.Exit(1)
 
 
 @command

@@ -8,7 +8,7 @@ which one fits.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from mxd_lens.analysis.decomposition import active_experts
 from mxd_lens.analysis.firings import run_to
 from mxd_lens.artifacts.tables import Cell, Table, Tabular
+from mxd_lens.evals.faithfulness import USELESS
 from mxd_lens.hooks.positions import trained_positions
 from mxd_lens.hooks.replace import replacement_hooks
 from mxd_lens.hooks.site import check_fires, check_trained_on, hook_names
@@ -28,8 +29,6 @@ from mxd_lens.text import EMBEDDED, load_text, split_text, token_sequences
 
 SEQUENCES = 8
 """Of 128 tokens, of the text that every machine has."""
-USELESS = 0.9
-"""A normalised MSE of 1 is that of writing nothing at all."""
 MUCH_BETTER = 0.8
 """Another reading of a layer is named where it has less than this share of the stated one's error."""
 SCALES = tuple(2.0**n for n in range(-8, 9))
@@ -64,6 +63,10 @@ class LayerCheck(Tabular):
     candidates: list[InputCandidate] = field(default_factory=list)
     facts: Mapping[str, float | str] = field(default_factory=dict)
     """What else was measured, by name."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The verdict and the numbers, as JSON holds them."""
+        return asdict(self)
 
     @property
     def tables(self) -> list[Table]:

@@ -9,7 +9,14 @@ from sae_lens.saes import transcoder as saelens
 from sae_lens.saes.sae import SAEMetadata
 from transformer_lens import HookedTransformerConfig
 
-from mxd_lens import SkipTranscoder, SkipTranscoderConfig, TopKTranscoder, TopKTranscoderConfig, check_layer
+from mxd_lens import (
+    SkipTranscoder,
+    SkipTranscoderConfig,
+    TopKTranscoder,
+    TopKTranscoderConfig,
+    check_layer,
+    evaluate,
+)
 from mxd_lens.evals.check import LayerCheck
 
 D, D_MLP = 24, 48
@@ -161,5 +168,24 @@ def test_another_blocks_layer_and_what_is_stated(model: Any, tokens: torch.Tenso
         "active features on a token, and 2 are stated",
     )
     noisy = the_mlp_itself(model)
-    noisy.W_dec.data += 0.1 * torch.randn_like(noisy.W_dec)
+    noisy.W_dec.data += 0.15 * torch.randn_like(noisy.W_dec)
     check(model, noisy, tokens, False, "and 0.001 is stated", stated_normalized_mse=0.001)
+
+
+def test_evaluate_warns_of_an_error_near_1(
+    tiny_model: Any, tokens: torch.Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    layer = TopKTranscoder(
+        TopKTranscoderConfig(
+            d_in=16,
+            d_out=16,
+            d_sae=8,
+            k=2,
+            metadata=SAEMetadata(hook_name=HOOK, hook_name_out=HOOK_OUT, weight_processing=[]),
+        )
+    )
+    assert (
+        evaluate(tiny_model, layer, tokens[:2] % 20, progress=False).normalized_mse == 1
+    )  # it writes nothing
+    assert "normalised MSE of 1.00" in caplog.text
+    assert "check_layer(model, sae)" in caplog.text

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mxd_lens.architectures.saved import shown
-from mxd_lens.pretrained.formats.foreign import ForeignLayer, block_of, mlp_module_output
+from mxd_lens.pretrained.formats.foreign import CHAT_PREFIX, ForeignLayer, block_of, mlp_module_output
 from mxd_lens.pretrained.formats.source import (
     Repository,
     Source,
@@ -110,7 +110,7 @@ def read(source: Source, layer: str) -> ForeignLayer:
     foreign.metadata |= {
         "prepend_bos": True,
         "exclude_special_tokens": False,
-        "seqpos_slice": [4 if is_gemma_3_chat else 1, None],
+        "seqpos_slice": [CHAT_PREFIX if is_gemma_3_chat else 1, None],
         "source_format": NAME,
     }
     return foreign
