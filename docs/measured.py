@@ -98,20 +98,41 @@ class Frontier:
         ks = mxd.keys() & transcoder.keys()
         return SimpleNamespace(**{f"k{k}": mxd[k].normalized_mse / transcoder[k].normalized_mse for k in ks})
 
-    @property
-    def table(self) -> str:
+    def by_k(self, written: str) -> str:
+        """A table of one quantity: a row for each K, a column for each architecture.
+
+        Args:
+            written: a format string over a report, as "{0.normalized_mse:.3f}".
+        """
         found = {name: title for name, title in self.titles.items() if name in self.points}
         ks = sorted(set.union(*(set(self.points[name]) for name in found)))
-        return table(
-            ["K", *found.values()],
-            ([str(k), *(self._cell(self.points[name].get(k)) for name in found)] for k in ks),
+        rows = (
+            [str(k), *(written.format(r) if (r := self.points[name].get(k)) else "–" for name in found)]
+            for k in ks
         )
+        return table(["K", *found.values()], rows)
 
-    @staticmethod
-    def _cell(report: Report | None) -> str:
-        if report is None:
-            return "–"
-        return f"{report.normalized_mse:.3f} ({report.feature_share:.2f}), {report.added_loss:+.3f}"
+    @property
+    def errors(self) -> str:
+        return self.by_k("{0.normalized_mse:.3f}")
+
+    @property
+    def shares(self) -> str:
+        return self.by_k("{0.feature_share:.2f}")
+
+    @property
+    def losses(self) -> str:
+        return self.by_k("{0.added_loss:+.3f}")
+
+    @property
+    def headline(self) -> str:
+        """The three architectures of the paper at K 32."""
+        rows = []
+        for name in ("mxd", "topk_transcoder", "topk_skip_transcoder"):
+            r = self.points[name][32]
+            cells = (f"{r.normalized_mse:.2f}", f"{r.normalized_mse_mean_gate:.2f}", f"{r.added_loss:+.3f}")
+            rows.append([self.titles[name], *cells])
+        return table(["", "error", "error under mean ablation", "cross-entropy added, nats"], rows)
 
     @property
     def spread(self) -> str:
@@ -124,7 +145,9 @@ class Frontier:
                     values = [[getattr(report, quantity) for report in reports] for quantity in quantities]
                     cells = [f"{mean(v):.3f} ({min(v):.3f} to {max(v):.3f})" for v in values]
                     rows.append([title, str(k), str(len(reports)), *cells])
-        return table(["", "K", "seeds", "normalised MSE", "feature share", "cross-entropy +"], rows)
+        return table(
+            ["", "K", "seeds", "normalised MSE", "explained by experts", "cross-entropy added"], rows
+        )
 
 
 def mean_of(reports: list[Report]) -> Report:
@@ -144,34 +167,27 @@ def bundled(release: str, sae_id: str = "blocks.11.mlp") -> SimpleNamespace:
     )
 
 
-def bundled_table() -> str:
-    """The bundled layers, on both texts."""
+def bundled_table(columns: dict[str, str]) -> str:
+    """The bundled layers, on both texts.
 
-    def rows() -> Iterator[list[str]]:
-        for name, layer in (("MxD", mxd11), ("transcoder", transcoder11)):
-            for text, r in (("WikiText-2", layer.wikitext), ("Brown", layer.brown)):
-                yield [
-                    f"{name}, {text}",
-                    *(f"{v:.3f}" for v in (r.normalized_mse, r.normalized_mse_mean_gate)),
-                    f"{r.normalized_mse_shuffled_gate:.2f}",
-                    f"{r.feature_share:.2f}",
-                    f"{r.fraction_of_variance_unexplained:.3f}",
-                    *(f"{v:.3f}" for v in (r.ce_loss, r.ce_loss_replaced, r.ce_loss_zero_ablated)),
-                    f"{r.ce_loss_recovered:.2f}",
-                ]
-
-    head = ("", "normalised MSE", "mean gate", "shuffled gate", "feature share", "FVU")
-    losses = ("cross-entropy, unmodified", "replaced", "zero ablated", "recovered")
-    return table([*head, *losses], rows())
+    Args:
+        columns: a format string over a report by the column's title.
+    """
+    rows = (
+        [f"{name}, {text}", *(written.format(report) for written in columns.values())]
+        for name, layer in (("MxD", mxd11), ("transcoder", transcoder11))
+        for text, report in (("WikiText-2", layer.wikitext), ("Brown", layer.brown))
+    )
+    return table(["", *columns], rows)
 
 
 def train_step_table() -> str:
     """A training step at GPT-2's size: this package beside others."""
     names = {
-        "reference MxD": "the formula with dense products",
+        "reference MxD": "MxD, dense products",
         "MxD": "**MxD**",
-        "floor": "its gate's product forward and its decoder branch alone",
-        "transcoder": "**TopK transcoder** of as many parameters",
+        "floor": "its gate (forward) and dense branch alone",
+        "transcoder": "**TopK transcoder**, equal parameters",
         "eai-sparsify transcoder": "eai-sparsify's transcoder",
         "sae-lens TopK SAE": "SAELens' TopK SAE",
     }
@@ -192,7 +208,7 @@ def ablation_table() -> str:
     """The MLPs of SmolLM2-135M that cost most when they are lost."""
     layers = sorted(ablation.layers, key=lambda layer: -layer.zero)[:7]
     rows = ([str(layer.layer), f"{layer.zero:.2f}", f"{layer.mean:.2f}"] for layer in layers)
-    return table(["layer", "zero ablated, nats", "mean ablated, nats"], rows)
+    return table(["block", "zero ablated, nats", "mean ablated, nats"], rows)
 
 
 def results_list() -> str:
@@ -237,11 +253,32 @@ gpt2 = {result.name: result for result in read(RESULTS / "train-step" / "gpt2.js
 ablation = read(RESULTS / "smollm2-135m-ablation" / "ablation.json")
 ratio11 = mxd11.wikitext.normalized_mse / transcoder11.wikitext.normalized_mse
 tables = SimpleNamespace(
-    bundled=bundled_table(),
-    frontier=frontier.table,
-    frontier2=frontier2.table,
-    brown2=brown2.table,
-    frontier11=Frontier(layer=11, text="WikiText-2").table,
+    bundled_errors=bundled_table(
+        {
+            "normalised MSE": "{0.normalized_mse:.3f}",
+            "under mean ablation": "{0.normalized_mse_mean_gate:.3f}",
+            "under resample ablation": "{0.normalized_mse_shuffled_gate:.2f}",
+            "explained by experts": "{0.feature_share:.2f}",
+            "FVU": "{0.fraction_of_variance_unexplained:.3f}",
+        }
+    ),
+    bundled_losses=bundled_table(
+        {
+            "unmodified": "{0.ce_loss:.3f}",
+            "replaced": "{0.ce_loss_replaced:.3f}",
+            "zero ablated": "{0.ce_loss_zero_ablated:.3f}",
+            "recovered": "{0.ce_loss_recovered:.2f}",
+        }
+    ),
+    headline=frontier.headline,
+    errors12=frontier.errors,
+    shares12=frontier.shares,
+    losses12=frontier.losses,
+    errors2=frontier2.errors,
+    losses2=frontier2.losses,
+    errors2_brown=brown2.errors,
+    losses2_brown=brown2.losses,
+    errors11=Frontier(layer=11, text="WikiText-2").errors,
     seeds=frontier.spread,
     train_step=train_step_table(),
     inference=inference_table(),

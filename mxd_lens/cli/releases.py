@@ -1,4 +1,4 @@
-"""The commands about saved layers: convert, inspect, check, push, pretrained."""
+"""The commands about saved layers: convert, push, pretrained."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from mxd_lens.cli.application import command, show
-from mxd_lens.cli.loading import check_layer_folder, load_its_model
+from mxd_lens.cli.loading import FOREIGN, check_layer_folder, load_its_model
 from mxd_lens.cli.options import (
     Bridge,
     Device,
@@ -31,29 +31,42 @@ def is_repository(name: str) -> str:
     return name
 
 
-SOURCE = "A folder or file of another library, or user/repo on the hub; docs/guides/released.md lists them."
-LayerOf = Annotated[
-    str | None,
-    typer.Option("--layer", help="Which layer of SOURCE, as layers.11.mlp or layer_5. `inspect` lists them."),
-]
+SOURCE = "A folder, a checkpoint file, a release or a repository on the hub; :LAYER after it names one layer."
+Source = Annotated[str, typer.Argument(help=SOURCE)]
 
 
-def is_source(written: str) -> str:
-    path = Path(written).expanduser()
-    if not path.exists() and (written.count("/") != 1 or written.startswith((".", "~", "/"))):
-        raise ValueError(f"There is no folder or file {written}. A repository on the hub is user/repo.")
-    return str(path) if path.exists() else written
+def split_source(source: str) -> tuple[str, str | None]:
+    """A source, and the layer in it that was named."""
+    if Path(source).expanduser().exists():
+        return source, None
+    release, _, layer = source.partition(":")
+    is_path = release.startswith((".", "/", "~")) or Path(release).suffix in FOREIGN
+    if not release or (is_path and not Path(release).expanduser().exists()):
+        raise typer.BadParameter(f"there is no folder or file {release!r}.", param_hint="SOURCE")
+    return release, layer or None
+
+
+@command
+def inspect(source: Source, json: Json = None) -> None:
+    """Say what a layer's files are, whoever wrote them.
+
+    Its format, the layers in it; of one layer the hook points, sizes and conventions.
+    """
+    release, layer = split_source(source)
+
+    from mxd_lens.pretrained.released import inspect_source
+
+    show(inspect_source(release, layer), json)
 
 
 @command
 def convert(
-    source: Annotated[str, typer.Argument(help=SOURCE, callback=checked(is_source))],
+    source: Source,
     output: Annotated[Path, output_folder("The folder to write; it must be new or empty.")],
-    layer: LayerOf = None,
     to: Annotated[
         str,
         typer.Option(
-            help="The format to write: SAELens, circuit-tracer or sparsify.",
+            help="SAELens, circuit-tracer or sparsify.",
             callback=checked(one_of("SAELens", "circuit-tracer", "sparsify")),
         ),
     ] = "SAELens",
@@ -65,39 +78,33 @@ def convert(
         ),
     ] = None,
 ) -> None:
-    """Convert a layer of another library; no code in its files is executed."""
+    """Convert a layer to another format; nothing in it is executed."""
+    release, layer_id = split_source(source)
+
     from mxd_lens.pretrained.released import convert
 
-    made = convert(source, output, layer, to=to, dtype=dtype)
-    typer.echo(f"Saved in {output}: {type(made).__name__} of {made.cfg.metadata.model_name!r}.")
-
-
-@command
-def inspect(
-    source: Annotated[str, typer.Argument(help=SOURCE, callback=checked(is_source))],
-    layer: LayerOf = None,
-    json: Json = None,
-) -> None:
-    """Say what a folder, file or repository holds: its format, its layers, what one reads and writes."""
-    from mxd_lens.pretrained.released import inspect_source
-
-    show(inspect_source(source, layer), json)
+    layer = convert(release, output, layer_id, to, dtype=dtype)
+    typer.echo(f"Saved in {output}: {type(layer).__name__} of {layer.cfg.metadata.model_name!r}.")
 
 
 @command
 def check(
-    source: Annotated[str, typer.Argument(help=SOURCE, callback=checked(is_source))],
-    layer: LayerOf = None,
+    source: Source,
     model: ItsModel = None,
     bridge: Bridge = False,
     device: Device = "auto",
     json: Json = None,
 ) -> None:
-    """Check that a layer is in its right place: its hook points, input, scale and skip connection."""
+    """Check that a layer is in its right place: its hook points, input, scale and skip connection.
+
+    The exit code is 1 where something is wrong.
+    """
+    release, layer = split_source(source)
+
     from mxd_lens import check_layer, load_layer
 
     device = best_device(device)
-    sae = load_layer(source, layer, device)
+    sae = load_layer(release, layer, device)
     found = check_layer(load_its_model(sae, model, device, bridge), sae)
     show(found, json)
     if not found.fits:

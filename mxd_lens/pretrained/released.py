@@ -173,8 +173,11 @@ def convert(
             model_name.
 
     Raises:
+        FileExistsError: the folder is not empty.
         FileNotFoundError, ValueError: the layer cannot be read, or `to` cannot express it.
     """
+    if Path(folder).is_dir() and any(Path(folder).iterdir()):
+        raise FileExistsError(f"{folder} is not empty. Name a new folder.")
     if to != SAELENS and to not in WRITERS:
         raise ValueError(f"to must be one of {', '.join([SAELENS, *WRITERS])}, got {to!r}.")
     folder = Path(folder)

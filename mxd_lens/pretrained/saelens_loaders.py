@@ -13,7 +13,7 @@ from sae_lens.loading import pretrained_sae_loaders
 from torch import Tensor
 
 from mxd_lens.architectures import saved
-from mxd_lens.pretrained.formats.foreign import CHAT_PREFIX
+from mxd_lens.pretrained.formats.source import CHAT_PREFIX
 
 
 def _find(*where: Any) -> Any:

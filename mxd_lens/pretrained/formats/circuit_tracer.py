@@ -26,8 +26,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mxd_lens.architectures.saved import shown
-from mxd_lens.pretrained.formats.foreign import CHAT_PREFIX, ForeignLayer, block_of, mlp_module_output
+from mxd_lens.pretrained.formats.foreign import ForeignLayer, block_of, mlp_module_output
 from mxd_lens.pretrained.formats.source import (
+    CHAT_PREFIX,
     Repository,
     Source,
     check_shapes,

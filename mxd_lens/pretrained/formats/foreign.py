@@ -28,9 +28,6 @@ CONVENTIONS = {
 }
 """What a transcoder may read, and its hook point in a block."""
 
-CHAT_PREFIX = 4
-"""Positions of <bos><start_of_turn>user and a new line, at the start of every chat of Gemma 3."""
-
 NORMS_THE_MLP_OUTPUT = re.compile(r"gemma-?[23]|olmo-?2", re.IGNORECASE)
 """Models with a norm between the MLP and the residual stream, by their names."""
 

@@ -17,8 +17,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mxd_lens.architectures.saved import shown
-from mxd_lens.pretrained.formats.foreign import CHAT_PREFIX, ForeignLayer, mlp_module_output
+from mxd_lens.pretrained.formats.foreign import ForeignLayer, mlp_module_output
 from mxd_lens.pretrained.formats.source import (
+    CHAT_PREFIX,
     Source,
     check_shapes,
     joined,
