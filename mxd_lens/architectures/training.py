@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from sae_lens.saes.sae import (
     TrainCoefficientConfig,
     TrainingSAE,
@@ -17,6 +17,14 @@ from typing_extensions import override
 
 from mxd_lens.architectures.base import PairedTranscoder, PairedTranscoderConfig
 from mxd_lens.sparse.coefficients import Coefficients
+
+SHORTEST_TARGET = 0.01
+"""Length of a target, relative to the batch's median, up to which it is left out of the loss."""
+
+
+def is_too_short(norms: Float[Tensor, " tokens"]) -> Bool[Tensor, " tokens"]:
+    """Return which targets, by their norms, are left out of the loss: those of (nearly) zero."""
+    return norms <= SHORTEST_TARGET * norms.median()
 
 
 @dataclass(kw_only=True)
@@ -50,7 +58,9 @@ class TrainingPairedTranscoder(PairedTranscoder, TrainingSAE[Any]):
     """Trains a `PairedTranscoder` with SAELens' trainer on pairs [x | y].
 
     Loss, as in the paper's code: mean over tokens and output dimensions of (y_hat - y)^2 / ||y||_2,
-    plus l1_coefficient * mean_tokens sum_n a_n. With `unit_rows`, the rows of C are set to unit norm
+    plus l1_coefficient * mean_tokens sum_n a_n. Targets shorter than a hundredth of the batch's median are
+    left out: the paper's code divides by their norm too, and one target of zero outweighs all the others.
+    With `unit_rows`, the rows of C are set to unit norm
     before every step, and the component of C's gradient parallel to each row is removed.
     """
 
@@ -112,7 +122,10 @@ class TrainingPairedTranscoder(PairedTranscoder, TrainingSAE[Any]):
 
         precise = torch.promote_types(self.dtype, torch.float32)
         squared_error = (y_hat - y).to(precise).pow(2).sum(-1)
-        y_norm = y.to(precise).norm(dim=-1).clamp_min(1e-6)
+        y_norm = y.to(precise).norm(dim=-1)
+        too_short = is_too_short(y_norm)
+        y_norm = y_norm.masked_fill(too_short, 1)
+        squared_error = squared_error.masked_fill(too_short, 0)
         losses = {"mse_loss": (squared_error / y_norm).mean() / d_out}
         losses |= self.calculate_aux_loss(step_input, a.values, a.values, y_hat)
         loss = torch.stack(list(losses.values())).sum()
@@ -127,5 +140,8 @@ class TrainingPairedTranscoder(PairedTranscoder, TrainingSAE[Any]):
             hidden_pre=a.values.detach(),
             loss=loss,
             losses=losses,
-            metrics={"normalized_mse": (squared_error.detach() / y_norm.pow(2)).mean()},
+            metrics={
+                "normalized_mse": (squared_error.detach() / y_norm.pow(2)).mean(),
+                "targets_left_out": too_short.sum(),
+            },
         )
