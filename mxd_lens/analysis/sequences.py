@@ -9,7 +9,8 @@ from sae_lens import SAE
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mxd_lens.models import check_tokens, ordinary_tokens
+from mxd_lens.hooks.positions import trained_positions
+from mxd_lens.models import check_tokens
 
 Text = str | Sequence[str] | Int[Tensor, "sequences positions"] | Sequence[Int[Tensor, " positions"]]
 """A string, strings (each a sequence of its own), token ids with one sequence per row, or sequences of
@@ -28,14 +29,14 @@ class Batch(NamedTuple):
 
     def counted(self, model: Any, sae: SAE[Any]) -> Bool[Tensor, "sequences positions"]:
         """The tokens that a measurement counts: those that the layer's training did not exclude."""
-        return self.present & ordinary_tokens(model, self.tokens, sae.cfg.metadata.exclude_special_tokens)
+        return self.present & trained_positions(model, sae, self.tokens)
 
 
 def counted_tokens(
     model: Any, sae: SAE[Any], tokens: Int[Tensor, "*batch positions"]
 ) -> Bool[Tensor, "*batch positions"]:
-    """The tokens that the layer's training did not exclude."""
-    return ordinary_tokens(model, tokens, sae.cfg.metadata.exclude_special_tokens)
+    """The tokens that the layer was trained on: `trained_positions`."""
+    return trained_positions(model, sae, tokens)
 
 
 def token_sequences_of(
@@ -53,13 +54,13 @@ def token_sequences_of(
     if isinstance(text, Tensor):
         check_tokens(text)
         return text
-    texts = [text] if isinstance(text, str) else list(text)
+    texts: list[Any] = [text] if isinstance(text, str) else list(text)
     if not texts:
         raise ValueError("There is no text: give a string, a list of strings, or token ids.")
     if all(isinstance(one, Tensor) for one in texts):
         for one in texts:
             check_tokens(one[None])
-        return texts  # type: ignore[return-value]
+        return texts
     if not all(isinstance(one, str) for one in texts):
         kinds = ", ".join(sorted({type(one).__name__ for one in texts}))
         raise TypeError(

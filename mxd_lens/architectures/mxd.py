@@ -141,10 +141,9 @@ class MxD(PairedTranscoder):
             if self.cfg.gated:
                 self.fold_input_scale(self.W_hidden_gate, self.b_hidden_gate, mean, scale)
 
-    @property
     @override
-    def scaled_output(self) -> nn.Parameter:
-        return self.W_out
+    def scale_experts(self, factor: Float[Tensor, ""]) -> None:
+        self.W_out.mul_(factor)
 
     def hidden(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_hidden"]:
         """z, the hidden units of the decoder branch."""
@@ -162,6 +161,19 @@ class MxD(PairedTranscoder):
     @override
     def expert_input(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         return self.decoder_out(x)
+
+    @override
+    def linear_expert_input(
+        self, x: Float[Tensor, "*batch d_in"], at: Float[Tensor, "*batch d_in"]
+    ) -> Float[Tensor, "*batch d_out"]:
+        phi = HIDDEN_ACTIVATIONS[self.cfg.hidden_activation]
+        linear = x @ self.W_hidden + self.b_hidden
+        if self.cfg.gated:
+            slope = phi(at @ self.W_hidden_gate + self.b_hidden_gate)
+        else:
+            pre = at @ self.W_hidden + self.b_hidden
+            slope = torch.where(pre == 0, 0, phi(pre) / pre)
+        return (slope.detach() * linear) @ self.W_out
 
     @property
     @override

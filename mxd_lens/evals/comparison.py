@@ -11,6 +11,7 @@ missing, y - y_hat, sum to 1; one that points against y is negative.
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -241,9 +242,7 @@ def compare(
             kept = forward.counted(target)[0].to(x.device)
             mean = parts.mixture[kept].mean(0) if means is None else means[name]
             replaced = predictions(logits(target, layer_output(sae, lambda parts: parts.y)))
-            dense = predictions(
-                logits(target, layer_output(sae, lambda parts, mean=mean: parts.with_mixture(mean)))
-            )
+            dense = predictions(logits(target, layer_output(sae, partial(Parts.with_mixture, mixture=mean))))
             decompositions.append(_decompose(name, sae, parts, y.double(), mean, kept, k, replaced, dense))
     everywhere = [zero_ablated, Predictions.of(unmodified, tokens, unmodified, n_predictions)]
     everywhere += [p for d in decompositions for p in (d.replaced, d.mean_gate)]

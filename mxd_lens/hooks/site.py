@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from sae_lens import SAE
-from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
+from sae_lens.util import extract_layer_from_tlens_hook_name, extract_stop_at_layer_from_tlens_hook_name
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
@@ -43,6 +43,18 @@ def hook_names(sae: SAE[Any]) -> tuple[str, str]:
             "hook point, and hook_name_out to its output's."
         )
     return metadata.hook_name, metadata.hook_name_out or metadata.hook_name
+
+
+def block_of_layer(sae: SAE[Any]) -> int:
+    """The block whose MLP a layer stands for.
+
+    Raises:
+        ValueError: its metadata names none.
+    """
+    block = extract_layer_from_tlens_hook_name(hook_names(sae)[1])
+    if block is None:
+        raise ValueError(f"{hook_names(sae)[1]} is in no block: this layer stands for no MLP.")
+    return block
 
 
 @model_first

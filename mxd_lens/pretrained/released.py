@@ -14,10 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from huggingface_hub.errors import EntryNotFoundError
 from sae_lens import SAE
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
-from sae_lens.loading import pretrained_sae_loaders
 from sae_lens.registry import get_sae_class
 from torch import Tensor
 
@@ -151,17 +149,6 @@ def layers_of(source: Source) -> list[str]:
     return [layer for known in FORMATS for layer in known.layers(source)]
 
 
-def loader_of(
-    release: str | Path, sae_id: str | None, revision: str | None, force_download: bool
-) -> Callable[..., Loaded] | None:
-    """What reads a layer of another format; None where no format is recognised."""
-    found = find(release, sae_id, revision, force_download)
-    return found.load if found else None
-
-
-saved.other_formats.append(loader_of)
-
-
 # Converting
 
 
@@ -186,10 +173,19 @@ def convert(
             model_name.
 
     Raises:
+        FileExistsError: the folder is not empty.
         FileNotFoundError, ValueError: the layer cannot be read, or `to` cannot express it.
     """
+    if Path(folder).is_dir() and any(Path(folder).iterdir()):
+        raise FileExistsError(f"{folder} is not empty. Name a new folder.")
     if to != SAELENS and to not in WRITERS:
         raise ValueError(f"to must be one of {', '.join([SAELENS, *WRITERS])}, got {to!r}.")
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is not an empty folder, and nothing is overwritten: name another.")
+    if to == SAELENS and not metadata and _is_the_papers(source, sae_id):
+        # Its sparsity lies in a second file.
+        return paper.convert(source, folder, device, dtype)
     sae = load_layer(source, sae_id, device, dtype)
     for name, value in (metadata or {}).items():
         sae.cfg.metadata[name] = value
@@ -199,6 +195,13 @@ def convert(
         else:
             WRITERS[to]([sae], partial)
     return sae
+
+
+def _is_the_papers(source: str | Path, sae_id: str | None) -> bool:
+    path = Path(source).expanduser()
+    if sae_id is not None or not path.is_file() or not path.name.endswith(dunefsky.SUFFIXES):
+        return False
+    return dunefsky.is_the_papers(read_checkpoint_file(path))
 
 
 # Describing
@@ -303,97 +306,3 @@ def inspect_source(source: str | Path, sae_id: str | None = None) -> SourceDescr
         formats[SAELENS] = own
     layers = [layer for names in formats.values() for layer in names]
     return SourceDescription(location, " and ".join(formats) or None, layers, None)
-
-
-# SAELens' side
-
-_READ_HERE = ("sae_lens", "sparsify")
-"""SAELens' loaders whose place `load` takes: of repositories that are not in its directory, and sparsify's,
-which transposes W_dec and drops the skip connection."""
-
-
-def register_with_saelens() -> None:
-    """Lets `SAE.from_pretrained` read every format, and repairs what SAELens says of some releases."""
-    loaders = pretrained_sae_loaders.NAMED_PRETRAINED_SAE_LOADERS
-    getters = pretrained_sae_loaders.NAMED_PRETRAINED_SAE_CONFIG_GETTERS
-    for name in _READ_HERE:
-        if not hasattr(loaders[name], "replaced"):
-            loaders[name] = _reading_other_formats(loaders[name], is_tried_first=name != "sae_lens")
-    for name, repair in REPAIRS.items():
-        if not hasattr(loaders[name], "replaced"):
-            loaders[name] = _repairing(loaders[name], repair)
-            getters[name] = _repairing_config(getters[name], repair)
-
-
-def _reading_other_formats(theirs: Any, is_tried_first: bool) -> Any:
-    def load(
-        repo_id: str,
-        folder_name: str,
-        device: str = "cpu",
-        force_download: bool = False,
-        cfg_overrides: dict[str, Any] | None = None,
-    ) -> tuple[dict[str, Any], dict[str, Tensor], Tensor | None]:
-        is_folder = Path(repo_id).expanduser().exists()
-        if not is_tried_first and not is_folder:
-            try:
-                return theirs(repo_id, folder_name, device, force_download, cfg_overrides)
-            except EntryNotFoundError as not_saelens:
-                found = find(repo_id, folder_name, None, force_download)
-                if found is None:
-                    raise not_saelens
-        else:
-            found = find(repo_id, folder_name, None, force_download)
-            if found is None:
-                return theirs(repo_id, folder_name, device, force_download, cfg_overrides)
-        return *found.load(repo_id, device, cfg_overrides), None
-
-    load.replaced = theirs  # type: ignore[attr-defined]
-    return load
-
-
-def _repairing(theirs: Any, repair: Callable[[dict[str, Any]], None]) -> Any:
-    def load(*args: Any, **kwargs: Any) -> Any:
-        config, weights, sparsity = theirs(*args, **kwargs)
-        repair(config)
-        return config, weights, sparsity
-
-    load.replaced = theirs  # type: ignore[attr-defined]
-    return load
-
-
-def _repairing_config(theirs: Any, repair: Callable[[dict[str, Any]], None]) -> Any:
-    def config(*args: Any, **kwargs: Any) -> Any:
-        made = theirs(*args, **kwargs)
-        repair(made)
-        return made
-
-    return config
-
-
-def _repair_gemma_scope_2(config: dict[str, Any]) -> None:
-    """hook_mlp_in is the residual stream before the norm, and only where it is asked for; these layers read
-    the norm's output."""
-    hook = config.get("hook_name") or ""
-    if hook.endswith(".hook_mlp_in"):
-        config["hook_name"] = hook.removesuffix("hook_mlp_in") + "mlp.hook_in"
-        config["exclude_special_tokens"] = True
-        if str(config.get("model_name")).endswith("-it"):
-            config["seqpos_slice"] = (gemma_scope_2.CHAT_PREFIX, None)
-
-
-def _repair_gemma_scope(config: dict[str, Any]) -> None:
-    config["exclude_special_tokens"] = True
-
-
-def _repair_mwhanna(config: dict[str, Any]) -> None:
-    """SAELens says no BOS, and takes the training's batch size for the context size."""
-    config.pop("context_size", None)
-    config |= {"prepend_bos": True, "exclude_special_tokens": False, "seqpos_slice": (1, None)}
-
-
-REPAIRS: dict[str, Callable[[dict[str, Any]], None]] = {
-    "gemma_3": _repair_gemma_scope_2,
-    "gemma_2_transcoder": _repair_gemma_scope,
-    "mwhanna_transcoder": _repair_mwhanna,
-}
-"""What is wrong in the metadata that SAELens gives some releases, by the loader's name there."""

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from typing_extensions import override
 
-from mxd_lens.architectures.training import TrainingPairedTranscoder, is_too_short
+from mxd_lens.architectures.training import SHORTEST, TrainingPairedTranscoder
 from mxd_lens.training.activations import PairedActivationsStore
 from mxd_lens.training.checkpoints import atomic_checkpoint, complete_checkpoints
 from mxd_lens.training.divergence import Divergence, TrainingDiverged
@@ -322,8 +322,8 @@ class TranscoderTrainer(TrainingLoop, SAETrainer[Any, Any]):
         precise = torch.promote_types(target.dtype, torch.float32)
         squared_error = (step_output.sae_out - target).to(precise).pow(2).sum(-1)
         norm = target.to(precise).norm(dim=-1)
-        left_out = is_too_short(norm)
-        relative = (squared_error / norm.pow(2))[~left_out]
+        counts = (norm > SHORTEST * norm.mean()) & (norm > 0)
+        relative = (squared_error / norm.pow(2))[counts]
         fired = (a._values() if a.is_sparse else a) > 0
         self.history.append(
             {
@@ -334,7 +334,7 @@ class TranscoderTrainer(TrainingLoop, SAETrainer[Any, Any]):
                 "relative_error": float(squared_error.sum() / norm.pow(2).sum().clamp_min(1e-30)),
                 "l0": float(fired.sum() / len(target)),
                 "dead": int(self.dead_neurons.sum()),
-                "left_out": int(left_out.sum()),
+                "left_out": int((~counts).sum()),
                 "lr": self._lr,
             }
         )

@@ -177,7 +177,7 @@ def test_what_cannot_be_shown_to_saebench(tiny_model):
         ({"a": random_mxd(D_MODEL), "b": other}, {}, "one hook point at a time"),
         ({"a": plain}, {}, "load it as mxd_lens.SkipTranscoder"),
         ({"a": other}, {"at": "middle"}, "'input' or 'output', got 'middle'"),
-        ({"a": random_mxd(D_MODEL)}, {"directions": {"a": torch.ones(3, 3)}}, "a direction an expert"),
+        ({"a": random_mxd(D_MODEL)}, {"directions": {"a": torch.ones(3, 3)}}, "one direction per expert"),
     ):
         with pytest.raises(ValueError, match=message), for_sae_bench(tiny_model, saes, **options):
             pass

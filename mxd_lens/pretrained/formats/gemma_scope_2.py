@@ -19,6 +19,7 @@ from typing import Any
 from mxd_lens.architectures.saved import shown
 from mxd_lens.pretrained.formats.foreign import ForeignLayer, mlp_module_output
 from mxd_lens.pretrained.formats.source import (
+    CHAT_PREFIX,
     Source,
     check_shapes,
     joined,
@@ -30,8 +31,6 @@ from mxd_lens.pretrained.formats.source import (
 
 NAME = "Gemma Scope 2"
 CONFIG, WEIGHTS = "config.json", "params.safetensors"
-CHAT_PREFIX = 4
-"""Positions of <bos><start_of_turn>user and a new line, at the start of every chat."""
 
 
 def recognises(source: Source, layer: str) -> bool:
