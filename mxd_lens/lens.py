@@ -5,12 +5,14 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Int
 from sae_lens import SAE
+from torch import Tensor
 
 from mxd_lens.analysis.card import ExpertCard, expert_card
 from mxd_lens.analysis.concepts import find_experts
 from mxd_lens.analysis.prompt import TopExperts, top_experts
-from mxd_lens.analysis.sequences import Text, token_sequences_of
+from mxd_lens.analysis.sequences import Text
 from mxd_lens.analysis.statistics import ExpertStatistics, expert_statistics
 from mxd_lens.dashboards.render import build_dashboard
 from mxd_lens.evals.faithfulness import FaithfulnessReport, evaluate_all
@@ -157,11 +159,15 @@ class Lens:
         """How the experts are used on a text: `expert_statistics`."""
         return expert_statistics(self.model, self.layer(of), text, **settings)
 
-    def dashboard(self, text: Text, output: str | Path, of: Of = None, **settings: Any) -> Path:
-        """A page for every expert: `build_dashboard`."""
-        sae = self.layer(of)
-        sequences = token_sequences_of(self.model, sae, text)
-        return build_dashboard(self.model, sae, sequences, output=output, **settings)
+    def dashboard(
+        self,
+        tokens: Int[Tensor, "sequences positions"],
+        output: str | Path,
+        of: Of = None,
+        **settings: Any,
+    ) -> Path:
+        """A page for every expert, of token ids with one sequence per row: `build_dashboard`."""
+        return build_dashboard(self.model, self.layer(of), tokens, output=output, **settings)
 
     @contextmanager
     def _all(self, contexts: Sequence[AbstractContextManager[Any]]) -> Any:

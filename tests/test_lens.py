@@ -31,7 +31,7 @@ def test_one_layer_needs_no_name(tiny_model, layers, tmp_path):
     expected = expert_statistics(tiny_model, layer, TOKENS, progress=False)
     assert str(lens.statistics(TOKENS, progress=False)) == str(expected)
     assert lens.find([PROMPT, "a dog ran"], ["it was big", "small red hill"]) is not None
-    page = lens.dashboard(["the cat sat on the mat"] * 3, tmp_path / "pages", experts=[0], progress=False)
+    page = lens.dashboard(TOKENS, tmp_path / "pages", experts=[0], progress=False)
     assert page.is_file()
 
 
