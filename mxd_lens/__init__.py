@@ -67,11 +67,13 @@ if TYPE_CHECKING:
     )
     from mxd_lens.dashboards.render import build_dashboard
     from mxd_lens.evals.ablation import AblationReport, ablation_study, what_experts_carry
+    from mxd_lens.evals.check import LayerCheck, check_layer
     from mxd_lens.evals.faithfulness import FaithfulnessReport, evaluate
     from mxd_lens.evals.frontier import frontier
     from mxd_lens.evals.probing.probing import sparse_probing
     from mxd_lens.evals.replacement import ReplacementReport, evaluate_replacement
     from mxd_lens.evals.stability import stability
+    from mxd_lens.hooks.positions import trained_positions
     from mxd_lens.hooks.replace import replacement_hooks
     from mxd_lens.hooks.replacement_model import ReplacementModel
     from mxd_lens.hooks.steer import ablate, steer
@@ -89,6 +91,7 @@ __version__ = "0.1.0"
 _MODULES = (
     "architectures",
     "models",
+    "hooks.positions",
     "hooks.replace",
     "hooks.replacement_model",
     "hooks.steer",
@@ -105,6 +108,7 @@ _MODULES = (
     "training.activations",
     "training.config",
     "training.runner",
+    "evals.check",
     "evals.faithfulness",
     "evals.frontier",
     "evals.ablation",
@@ -132,6 +136,7 @@ __all__ = [
     "JumpReLUSkipTranscoderConfig",
     "JumpReLUTranscoder",
     "JumpReLUTranscoderConfig",
+    "LayerCheck",
     "Lens",
     "MOLTConfig",
     "MxD",
@@ -175,6 +180,7 @@ __all__ = [
     "ablation_study",
     "attribution_graph",
     "build_dashboard",
+    "check_layer",
     "evaluate",
     "evaluate_replacement",
     "expert_card",
@@ -196,6 +202,7 @@ __all__ = [
     "stability",
     "steer",
     "top_experts",
+    "trained_positions",
     "what_experts_carry",
 ]
 
