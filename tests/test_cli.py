@@ -57,7 +57,7 @@ def test_train_and_evaluate(small, tiny_folder, text_file, tmp_path):
     out = tmp_path / "mxd"
     result = run("train", out, *small, "--hidden", 24, "--activation", "silu", "--gated")
     assert f"mxd-lens evaluate {out}" in result.output
-    assert "mxd, 40 experts, K 4; blocks.1.mlp.hook_in -> blocks.1.hook_mlp_out" in result.output
+    assert "Training mxd with d_sae = 40" in result.output
     mxd = MxD.from_pretrained(out)
     assert (mxd.cfg.d_sae, mxd.cfg.d_hidden, mxd.cfg.k, mxd.cfg.gated) == (40, 24, 4, True)
     assert (mxd.cfg.metadata.hook_name, mxd.cfg.metadata.hook_name_out) == (HOOK_IN, HOOK_OUT)
