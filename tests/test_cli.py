@@ -525,6 +525,7 @@ def test_pretrained_as_json():
     assert "smollm2-135m-mxd" in [layer["release"] for layer in known]
 
 
+@pytest.mark.slow
 def test_demo(tiny_folder, tmp_path):
     def demo(layer: int = 1):
         return run_demo(
