@@ -13,8 +13,8 @@ from jaxtyping import Float
 from sae_lens import SAE
 from torch import Tensor
 
-from mxd_lens.hooks.site import hook_names, listen
-from mxd_lens.models import hook_point_name, module_at
+from mxd_lens.hooks.site import hook_names
+from mxd_lens.models import hook_point_name, listen, module_at
 
 Replacement = Callable[[Float[Tensor, "*batch d_in"], Float[Tensor, "*batch d_out"]], Tensor]
 Hook = tuple[str | Callable[[str], bool], Callable[..., Any]]

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typing_extensions import Self, override
 
-from mxd_lens.hooks.site import check_fires, check_free
-from mxd_lens.models import hook_point_name, special_token_ids
+from mxd_lens.hooks.site import check_free
+from mxd_lens.models import check_fires, hook_point_name, special_token_ids
 from mxd_lens.text import load_text
 from mxd_lens.training.cache import ActivationCache
 from mxd_lens.training.config import TranscoderRunnerConfig
