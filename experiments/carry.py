@@ -21,7 +21,7 @@ from sae_lens import SAE
 from experiments.wikitext import HELD_OUT, wikitext_sequences
 from mxd_lens import load_model
 from mxd_lens.cli.options import integers
-from mxd_lens.evals.ablation import CarryReport, load_carry, save_carry, what_experts_carry
+from mxd_lens.evals.ablation import AblationReport, ablation_study, load_ablations, save_ablations
 from mxd_lens.evals.stability import stability
 from mxd_lens.models import SMOLLM2
 from mxd_lens.reports.ablation import write_carry_page, write_carry_png
@@ -54,17 +54,17 @@ def main() -> None:
     tokens = wikitext_sequences(args.text, model.tokenizer)[: min(args.sequences, HELD_OUT)]
     for layer in args.layers:
         file = args.output / f"layer{layer}.json"
-        reports = load_carry(file) if file.is_file() else {}
+        reports = load_ablations(file) if file.is_file() else {}
         for architecture in args.architectures.split(","):
             name = NAMES[architecture]
             seeds = of_seeds(architecture, layer, args.trained, args.seeds)
             if not seeds:
                 continue
             if name not in reports:
-                reports |= what_experts_carry({name: next(iter(seeds.values()))}, model, tokens, args.judged)
+                reports |= ablation_study(model, {name: next(iter(seeds.values()))}, tokens, args.judged)
             if len(seeds) > 1:
-                reports[name] = replace(reports[name], stability=stability(seeds, model, tokens))
-            save_carry(file, reports)
+                reports[name] = replace(reports[name], stability=stability(model, seeds, tokens))
+            save_ablations(file, reports)
             Console(width=120).print(reports[name])
         draw(file, layer, reports)
 
@@ -79,7 +79,7 @@ def of_seeds(architecture: str, layer: int, trained: Path, seeds: list[int]) -> 
     return {"bundled": SAE.from_pretrained(BUNDLED[architecture], f"blocks.{layer}.mlp")}
 
 
-def draw(file: Path, layer: int, reports: Mapping[str, CarryReport]) -> None:
+def draw(file: Path, layer: int, reports: Mapping[str, AblationReport]) -> None:
     """The page and the pictures beside a JSON file."""
     notes = {
         "text": f"WikiText-2, of {HELD_OUT} held-out sequences of 128 tokens the first; BOS excluded",

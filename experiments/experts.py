@@ -21,7 +21,8 @@ from torch import Tensor
 
 from experiments.wikitext import BOS, wikitext_sequences
 from mxd_lens import ExpertStatistics, MxD, ablate, load_model, logit_lens, steer
-from mxd_lens.analysis.decomposition import active_experts, layer_input
+from mxd_lens.analysis.decomposition import active_experts
+from mxd_lens.analysis.firings import layer_input
 from mxd_lens.analysis.weights import nearest_neurons, spectrum
 from mxd_lens.artifacts.page import write_page
 from mxd_lens.artifacts.tables import Tabular
@@ -131,7 +132,7 @@ class Firings:
         self.statistics = ExpertStatistics.of(mxd)
         values, experts = [], []
         for batch in tokens.split(16):
-            x = layer_input(mxd, model, batch)
+            x = layer_input(model, mxd, batch)
             self.statistics.add(mxd, x[batch != BOS])
             v, ids = active_experts(mxd, x)
             values.append(v * (batch != BOS).unsqueeze(-1))
@@ -154,7 +155,7 @@ class Firings:
 
     def written(self, expert: int, at: Tensor) -> Tensor:
         """[n, d_out], what a coefficient of 1 writes at the tokens at[n, 2]."""
-        x = layer_input(self.mxd, self.model, self.tokens[at[:, 0]])[torch.arange(len(at)), at[:, 1]]
+        x = layer_input(self.model, self.mxd, self.tokens[at[:, 0]])[torch.arange(len(at)), at[:, 1]]
         return self.mxd.W_dec[expert] * (self.mxd.hidden(x) @ self.mxd.W_out)
 
 
@@ -200,7 +201,7 @@ def on_prompt(prompt: str, expert: int, added: float, firings: Firings) -> dict[
     """Next-token probabilities with the layer in its place, with the expert ablated, and with it raised."""
     model, mxd = firings.model, firings.mxd
     tokens = model.to_tokens(prompt)
-    values, experts = active_experts(mxd, layer_input(mxd, model, tokens))
+    values, experts = active_experts(mxd, layer_input(model, mxd, tokens))
     changes = {
         "as it is": steer(model, mxd, {}),
         "without it": ablate(model, mxd, [expert]),

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from experiments.wikitext import BOS, CONTEXT, HELD_OUT, wikitext_sequences
 from mxd_lens import ExpertStatistics, FaithfulnessReport, TranscoderRunnerConfig, load_model
-from mxd_lens.analysis.decomposition import active_experts, layer_input
+from mxd_lens.analysis.decomposition import active_experts
+from mxd_lens.analysis.firings import layer_input
 from mxd_lens.architectures.base import PairedTranscoder
 from mxd_lens.architectures.saved import read_json
 from mxd_lens.evals.faithfulness import evaluate_all
@@ -106,7 +107,7 @@ def main() -> None:
     saes = {
         name: PairedTranscoder.load_from_disk(folder, dtype="float32") for name, folder in folders.items()
     }
-    reports = {text: evaluate_all(saes, model, tokens) for text, tokens in held_out.items()}
+    reports = {text: evaluate_all(model, saes, tokens) for text, tokens in held_out.items()}
     for name, folder in folders.items():
         judged = {text: by_name[name] for text, by_name in reports.items()}
         write_reports(folder, judged)
@@ -143,7 +144,7 @@ def what_fires(sae: PairedTranscoder, model: Any, tokens: Tensor, n: int = 20) -
     counts: dict[int, Counter[int]] = defaultdict(Counter)
     for batch in tokens.split(8):
         kept = batch != BOS
-        x = layer_input(sae, model, batch)[kept]
+        x = layer_input(model, sae, batch)[kept]
         statistics.add(sae, x)
         values, indices = active_experts(sae, x)
         token_of, slot = (values > 0).nonzero(as_tuple=True)

@@ -33,7 +33,7 @@ def main() -> None:
         for name, contender in CONTENDERS.items()
     }
     result = sparse_probing(
-        saes, load_model(SMOLLM2), seeds=range(5), n_texts=args.texts, context_size=args.context
+        load_model(SMOLLM2), saes, seeds=range(5), n_texts=args.texts, context_size=args.context
     )
     args.output.mkdir(parents=True, exist_ok=True)
     result.save(args.output / "probing.json")

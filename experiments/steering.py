@@ -20,7 +20,8 @@ from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 
 from experiments.wikitext import BOS, wikitext_sequences
 from mxd_lens import load_model
-from mxd_lens.analysis.decomposition import active_experts, layer_input
+from mxd_lens.analysis.decomposition import active_experts
+from mxd_lens.analysis.firings import layer_input
 from mxd_lens.evals.steering_scores import matched_coefficient, steering_scores
 from mxd_lens.models import SMOLLM2
 from mxd_lens.reports.steering import write_steering_page, write_steering_png
@@ -45,7 +46,7 @@ def main() -> None:
     for layer in args.layers:
         name, folder = layer.split("=", 1)
         sae = SAE.load_from_disk(folder)
-        x = layer_input(sae, model, held_out)[held_out != BOS]
+        x = layer_input(model, sae, held_out)[held_out != BOS]
         a, ids = active_experts(sae, x)
         alive = ids[a > 0].unique().tolist()
         saes[name] = sae

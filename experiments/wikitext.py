@@ -100,7 +100,7 @@ def main() -> None:
         cfg, override_dataset=Dataset.from_dict({"tokens": train.tolist()}), override_model=model
     )
     sae = runner.run()
-    report = evaluate(sae, model, held_out)
+    report = evaluate(model, sae, held_out)
     report.save(args.output / "report.json")
     print(json.dumps(report.to_dict(), indent=1))
 

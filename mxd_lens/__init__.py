@@ -5,15 +5,17 @@ registered with SAELens when both packages are imported, in whichever order.
 """
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import wrapt
 
 if TYPE_CHECKING:
     from mxd_lens.adapters.saelens_metrics import saelens_metrics
-    from mxd_lens.analysis.decomposition import find_experts, top_experts
+    from mxd_lens.analysis.concepts import find_experts
+    from mxd_lens.analysis.logit_lens import logit_lens
+    from mxd_lens.analysis.prompt import top_experts
     from mxd_lens.analysis.statistics import ExpertStatistics, expert_statistics
-    from mxd_lens.analysis.weights import logit_lens
     from mxd_lens.architectures import (
         MOLT,
         AffineMxD,
@@ -63,8 +65,7 @@ if TYPE_CHECKING:
         matched_n_features,
     )
     from mxd_lens.dashboards.render import build_dashboard
-    from mxd_lens.evals.ablation import CarryReport, what_experts_carry
-    from mxd_lens.evals.autointerp import autointerp
+    from mxd_lens.evals.ablation import AblationReport, ablation_study, what_experts_carry
     from mxd_lens.evals.faithfulness import FaithfulnessReport, evaluate
     from mxd_lens.evals.frontier import frontier
     from mxd_lens.evals.probing.probing import sparse_probing
@@ -90,9 +91,10 @@ _MODULES = (
     "pretrained.formats.paper",
     "pretrained.load",
     "pretrained.registry",
-    "analysis.decomposition",
+    "analysis.prompt",
+    "analysis.concepts",
     "analysis.statistics",
-    "analysis.weights",
+    "analysis.logit_lens",
     "analysis.card",
     "training.activations",
     "training.config",
@@ -102,20 +104,19 @@ _MODULES = (
     "evals.ablation",
     "evals.stability",
     "adapters.saelens_metrics",
-    "evals.autointerp",
     "dashboards.render",
     "evals.probing.probing",
 )
 
 __all__ = [
     "MOLT",
+    "AblationReport",
     "AffineMxD",
     "AffineMxDConfig",
     "AffineSkipMxD",
     "AffineSkipMxDConfig",
     "BatchTopKTranscoder",
     "BatchTopKTranscoderConfig",
-    "CarryReport",
     "ExpertStatistics",
     "FaithfulnessReport",
     "JumpReLUSkipTranscoder",
@@ -159,7 +160,7 @@ __all__ = [
     "TranscoderRunnerConfig",
     "TranscoderTrainingRunner",
     "ablate",
-    "autointerp",
+    "ablation_study",
     "build_dashboard",
     "evaluate",
     "expert_card",
@@ -185,7 +186,25 @@ __all__ = [
 ]
 
 
+_RENAMED = {"CarryReport": "AblationReport"}
+"""Former public names, which work for one more version."""
+_RETIRED = {
+    "autointerp": "Explanations are scored by mxd_lens.evals.detection, or by delphi, for which "
+    "mxd_lens.adapters.delphi writes the files."
+}
+"""Public names of the version before that have gone, and what to use instead."""
+
+
 def __getattr__(name: str) -> Any:
+    if name in _RETIRED:
+        raise ImportError(f"mxd_lens.{name} is gone. {_RETIRED[name]}")
+    if name in _RENAMED:
+        warnings.warn(
+            f"mxd_lens.{name} is called {_RENAMED[name]} now; the old name ends with the next version.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        name = _RENAMED[name]
     if name in __all__:
         for module_name in _MODULES:
             module = importlib.import_module(f"{__name__}.{module_name}")

@@ -96,7 +96,7 @@ def run_demo(
     minutes = (time.monotonic() - started) / 60
 
     mxd = MxD.from_pretrained(output)
-    report = evaluate(mxd, model, held_out)
+    report = evaluate(model, mxd, held_out)
     report.save(output / "report.json")
     typer.echo(report)
     texts = continuations(model, mxd, PROMPT, new_tokens)

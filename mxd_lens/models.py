@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, overload
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from platformdirs import user_cache_path
 from sae_lens import SAE, HookedSAETransformer
 from sae_lens.util import (
@@ -133,15 +133,15 @@ def load_model(
     is_local = (folder / "config.json").is_file()
     if not is_local and (folder.exists() or re.match(r"[./~\\]", str(name))):
         raise FileNotFoundError(f"{name} is not a Hugging Face model folder: it has no config.json.")
-    model_class = _attaching(model_class)
+    attaching: type[Any] = _attaching(model_class)
     if hasattr(model_class, "boot_transformers"):
-        model = model_class.boot_transformers(
+        model = attaching.boot_transformers(
             str(folder if is_local else name), device=device, dtype=torch_dtype
         )
     elif is_local:
         packaged = PACKAGED_MODELS.get(str(name))
         model = _hooked_transformer_from_folder(
-            folder, device, torch_dtype, model_class, packaged.hub_name if packaged else None
+            folder, device, torch_dtype, attaching, packaged.hub_name if packaged else None
         )
     else:
         known = transformer_lens_loading.make_model_alias_map()
@@ -152,7 +152,7 @@ def load_model(
                 + (f"Near: {', '.join(near)}." if near else "transformer_lens.supported_models lists them.")
             )
         with _quiet():
-            model = model_class.from_pretrained_no_processing(str(name), device=device, dtype=torch_dtype)
+            model = attaching.from_pretrained_no_processing(str(name), device=device, dtype=torch_dtype)
     if str(name) in PACKAGED_MODELS:
         model.cfg.model_name = str(name)
     model.eval()
@@ -482,7 +482,7 @@ class TokenIds:
 
 
 @functools.cache
-def _attaching(model_class: type[Any]) -> type[Any]:
+def _attaching(model_class: Any) -> Any:
     """A class of models with `_Attaching`, if layers can be attached to it."""
     if not hasattr(model_class, "add_sae"):
         return model_class
@@ -521,11 +521,25 @@ def weight_processing(model: Any) -> list[str]:
     return steps
 
 
+def normalises_what_mlps_write(model: Any) -> bool:
+    """Whether an MLP's output goes through a norm before it joins the residual stream, as in Gemma 2."""
+    if getattr(model.cfg, "use_normalization_before_and_after", False):
+        return True
+    return re.search(r"\.ln\w+\.hook_out$", hook_point_name(model, "blocks.0.hook_mlp_out")) is not None
+
+
 def special_token_ids(model: Any, exclude: bool | list[int] | None) -> list[int]:
     """The token ids that `exclude_special_tokens` means: those of the tokenizer, or the ones given."""
     if not exclude:
         return []
     return sorted(get_special_token_ids(model.tokenizer) if exclude is True else exclude)
+
+
+def ordinary_tokens(
+    model: Any, tokens: Int[torch.Tensor, "*batch positions"], exclude: bool | list[int] | None
+) -> Bool[torch.Tensor, "*batch positions"]:
+    """Which tokens are none of those that `exclude_special_tokens` means."""
+    return ~torch.isin(tokens, torch.tensor(special_token_ids(model, exclude)).to(tokens))
 
 
 def past_length(block_inputs: Sequence[Any], layer: int) -> int | None:

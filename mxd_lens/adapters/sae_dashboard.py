@@ -1,7 +1,7 @@
 """SAEDashboard's own pages about a layer's experts, and files in Neuronpedia's format.
 
-SAEDashboard looks at features of an SAE: one hook point, one direction a feature. What it is shown of a layer
-here, without anything of the layer being changed:
+SAEDashboard looks at features of an SAE: one hook point, one direction per feature. What it is shown of a
+layer here, without anything of the layer being changed:
 
     activation    a_n as `encode` gives it, k and all, of the layer's input (the MLP's)
     direction     what a coefficient of 1 writes: c_n for a transcoder; for an MxD, whose experts write
@@ -36,17 +36,13 @@ from sae_lens.saes.topk_sae import TopK
 from sae_lens.util import extract_layer_from_tlens_hook_name
 from torch import Tensor
 
-from mxd_lens.analysis.decomposition import (
-    encode_to_read,
-    expert_directions,
-    expert_ids,
-    input_hook,
-    writes_directions,
-)
+from mxd_lens.analysis.decomposition import dense_coefficients, expert_directions, writes_directions
+from mxd_lens.analysis.firings import input_hook
+from mxd_lens.analysis.logit_lens import direction_logits
 from mxd_lens.analysis.statistics import ExpertStatistics, expert_statistics
-from mxd_lens.analysis.weights import direction_logits
+from mxd_lens.architectures.base import expert_ids
 from mxd_lens.hooks.site import check_fits, hook_names
-from mxd_lens.models import special_token_ids
+from mxd_lens.models import check_tokens, model_first, ordinary_tokens, special_token_ids
 
 INSTALL = (
     "pip install 'dataclasses-json>=0.6.4' eindex-callum 'matplotlib>=3.8' && "
@@ -134,9 +130,10 @@ def _refuse_constant(name: str) -> None:
 
 
 @torch.no_grad()
+@model_first
 def run_sae_dashboard(
-    sae: SAE[Any],
     model: Any,
+    sae: SAE[Any],
     tokens: Int[Tensor, "sequences positions"],
     experts: int | Iterable[int] | Int[Tensor, " n"],
     context: int | None = 5,
@@ -147,16 +144,16 @@ def run_sae_dashboard(
 ) -> SaeDashboard:
     """Runs SAEDashboard's `SaeVisRunner` on experts of a layer.
 
-        pages = run_sae_dashboard(mxd, model, tokens, [5, 17, 41])
+        pages = run_sae_dashboard(model, mxd, tokens, [5, 17, 41])
         pages.write_html("experts.html")
 
     For every layer of this package, attached to the model or not, and for SAELens' own. Tokens that the
     layer's training excluded are shown, and counted as tokens where no expert fires.
 
     Args:
+        model: any hooked model.
         sae: the layer. Nothing of it is changed: its rows are not folded to unit norm either, so that an
             activation is the coefficient.
-        model: any hooked model.
         tokens: token ids, one sequence a row.
         experts: which experts.
         context: tokens shown on either side of an activation; none is shown that lies nearer to an end of its
@@ -178,7 +175,7 @@ def run_sae_dashboard(
     config = _imported("sae_vis_data").SaeVisConfig
     layout = _imported("layout").SaeVisLayoutConfig.default_feature_centric_layout()
     check_fits(model, sae)
-    hook_point = _checked_input(sae, model)
+    hook_point = _checked_input(model, sae)
     ids = expert_ids(sae, experts)
     if context is not None and context < 1:
         raise ValueError(f"context must be a positive number of tokens, or None for all, got {context}.")
@@ -186,7 +183,7 @@ def run_sae_dashboard(
     settings = {"feature_centric_layout": layout} | settings
     _check_enough(tokens, settings["feature_centric_layout"].seq_cfg)
     if statistics is None and not writes_directions(sae):
-        statistics = expert_statistics(sae, model, tokens, batch_size, progress=progress)
+        statistics = expert_statistics(model, sae, tokens, batch_size, progress=progress)
     defaults: dict[str, Any] = {
         "hook_point": hook_point,
         "features": ids.tolist(),
@@ -204,12 +201,12 @@ def run_sae_dashboard(
     return SaeDashboard(data, sae, *tokens.shape)
 
 
-def _checked_input(sae: SAE[Any], model: Any) -> str:
+def _checked_input(model: Any, sae: SAE[Any]) -> str:
     """The hook point of the layer's input, if SAEDashboard takes what the layer writes for what it is.
 
     It maps a direction into the residual stream by the name of the hook point that the layer reads.
     """
-    name = input_hook(sae, model)
+    name = input_hook(model, sae)
     read, written = hook_names(sae)
     if read != written and not re.search(r"mlp\.hook_in|hook_mlp_in|hook_normalized|_out|resid", name):
         raise ValueError(
@@ -220,8 +217,7 @@ def _checked_input(sae: SAE[Any], model: Any) -> str:
 
 
 def _check_enough(tokens: Int[Tensor, "sequences positions"], shown: Any) -> None:
-    if tokens.ndim != 2 or tokens.is_floating_point():
-        raise ValueError(f"tokens must be ids [sequences, positions], got {tuple(tokens.shape)}.")
+    check_tokens(tokens)
     before, after = (shown.buffer[0] + 1, shown.buffer[1]) if shown.buffer else (0, 0)
     eligible = len(tokens) * max(tokens.shape[1] - before - after, 0)
     if eligible < shown.top_acts_group_size:
@@ -265,7 +261,7 @@ class SeenLayer:
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """a; 0 where the input is, which is at the tokens that `SeenModel` leaves out."""
-        return encode_to_read(self.sae, x.to(self.W_dec)) * x.any(-1, keepdim=True)
+        return dense_coefficients(self.sae, x.to(self.W_dec)) * x.any(-1, keepdim=True)
 
     def fold_W_dec_norm(self) -> None:
         """Nothing: the runner asks for it, and a row of an MxD's C is no direction."""
@@ -281,7 +277,7 @@ class SeenModel:
 
     def __init__(self, model: Any, ignored: Iterable[int]) -> None:
         self._model = model
-        self._ignored = torch.tensor(sorted(ignored), dtype=torch.long)
+        self._ignored = sorted(ignored)
         self.W_U = direction_logits(model, torch.eye(len(model.W_U), device=model.W_U.device))
 
     def __getattr__(self, name: str) -> Any:
@@ -290,7 +286,7 @@ class SeenModel:
     def run_with_hooks(
         self, tokens: Int[Tensor, "sequences positions"], fwd_hooks: list[tuple[str, Any]], **settings: Any
     ) -> Tensor:
-        kept = ~torch.isin(tokens, self._ignored.to(tokens.device))
+        kept = ordinary_tokens(self._model, tokens, self._ignored)
 
         def of_kept(read: Any) -> Any:
             def hook_fn(x: Tensor, hook: Any) -> None:

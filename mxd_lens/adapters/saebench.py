@@ -20,6 +20,7 @@ An ordinary SAE has one hook point, and is the same at both.
 Tested with sae-bench 0.6.0.
 """
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -36,8 +37,7 @@ from torch.nn import functional as F
 from transformer_lens import HookedTransformer
 from typing_extensions import Self, override
 
-from mxd_lens.analysis.decomposition import encode_to_read, expert_directions
-from mxd_lens.architectures.base import PairedTranscoder
+from mxd_lens.analysis.decomposition import dense_coefficients, expert_directions
 from mxd_lens.architectures.inputs import EncodedInputs
 from mxd_lens.evals.probing.probing import split
 from mxd_lens.evals.probing.tasks import LabelledTexts
@@ -132,7 +132,7 @@ class SAEBenchLayer(nn.Module):
             ValueError: SAELens' SkipTranscoder, whose decode loses its skip; or directions that do not fit.
         """
         super().__init__()
-        if isinstance(sae, SkipTranscoder) and not isinstance(sae, PairedTranscoder):
+        if isinstance(sae, SkipTranscoder) and not knows_input(sae):
             raise ValueError(
                 f"{type(sae).__name__} of SAELens decodes without its skip connection: load it as "
                 f"mxd_lens.{type(sae).__name__}."
@@ -175,19 +175,23 @@ class SAEBenchLayer(nn.Module):
             ValueError: at the output, of activations that the model has not computed lately.
         """
         x = activations if self.inputs is None else self.inputs.of(activations, self.sae.W_enc.shape[0])
-        a = encode_to_read(self.sae, x) * self.scale
+        a = dense_coefficients(self.sae, x) * self.scale
         self._encoded.remember(a, x)
         return a
 
     def decode(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_out"]:
         """The layer's output, from what `encode` returned or an edited copy of it."""
         a, x = feature_acts / self.scale, self._encoded.resolve(feature_acts, None)
-        knows_input = isinstance(self.sae, PairedTranscoder)
-        return self.sae.decode(a, x) if knows_input else self.sae.decode(a)
+        return self.sae.decode(a, x) if knows_input(self.sae) else self.sae.decode(a)
 
     @override
     def forward(self, activations: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d_out"]:
         return self.decode(self.encode(activations))
+
+
+def knows_input(sae: SAE[Any]) -> bool:
+    """Whether the layer's decode takes the input too, as those of this package do."""
+    return "x" in inspect.signature(sae.decode).parameters
 
 
 @contextmanager

@@ -23,11 +23,14 @@ from sae_lens import SAE
 from sae_lens.util import extract_layer_from_tlens_hook_name
 from torch import Tensor
 
-from mxd_lens.analysis.decomposition import expert_ids, input_hook, one_prompt, take_apart
-from mxd_lens.analysis.weights import Norm, read_norm
+from mxd_lens.analysis.decomposition import decompose
+from mxd_lens.analysis.firings import input_hook
+from mxd_lens.analysis.logit_lens import Norm, read_norm
+from mxd_lens.analysis.prompt import one_prompt
+from mxd_lens.architectures.base import expert_ids
 from mxd_lens.artifacts.tables import Cell, Tabular
 from mxd_lens.hooks.site import check_trained_on, hook_names
-from mxd_lens.models import hook_point_name
+from mxd_lens.models import hook_point_name, model_first, normalises_what_mlps_write
 
 if TYPE_CHECKING:
     import pandas
@@ -51,7 +54,7 @@ class Effect:
         return f"{where}{self.part}" + ("" if self.index is None else f" {self.index}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DirectEffects(Tabular):
     """What `direct_effects` found, largest effect first by magnitude."""
 
@@ -101,6 +104,7 @@ class DirectEffects(Tabular):
 
 
 @torch.no_grad()
+@model_first
 def direct_effects(
     model: Any,
     sae: SAE[Any],
@@ -147,7 +151,7 @@ def read_stream(
     layers: Iterable[SAE[Any]],
 ) -> "tuple[Stream, dict[int, SAE[Any]], int]":
     """The stream below a layer's MLP, the earlier layers by their block, and the expert's id."""
-    if getattr(model.cfg, "use_normalization_before_and_after", False):
+    if normalises_what_mlps_write(model):
         raise ValueError(
             f"{model.cfg.model_name} normalises what attention and MLPs write: heads do not add up there."
         )
@@ -198,7 +202,7 @@ class Stream:
         n_attention = last if _side_by_side(model) else last + 1
         before = [hook_point_name(model, f"blocks.{block}.hook_resid_pre") for block in range(last + 1)]
         mixed = [hook_point_name(model, f"blocks.{block}.attn.hook_z") for block in range(n_attention)]
-        inputs = {id(sae): input_hook(sae, model) for sae in saes}
+        inputs = {id(sae): input_hook(model, sae) for sae in saes}
         captured: dict[str, Tensor] = {}
 
         def capturing(name: str) -> tuple[str, Callable[..., None]]:
@@ -247,7 +251,10 @@ class Stream:
         n_attention = at if _side_by_side(self.model) else at + 1
         r = self.before[at] + (self.attention(at) if n_attention > at else 0)
         x = self.inputs[id(sae)]
-        norm, scale = _norm_and_scale(self.model.blocks[at].ln2, r, x)
+        block_of_mlp = self.model.blocks[at]
+        # Phi, GPT-J and Falcon have one norm for attention and MLP.
+        norm_of_mlp = block_of_mlp.ln2 if hasattr(block_of_mlp, "ln2") else block_of_mlp.ln1
+        norm, scale = _norm_and_scale(norm_of_mlp, r, x)
         gate = sae.W_enc[:, n].double()
         reading = norm.weight * gate / scale
         if norm.centres:
@@ -275,22 +282,22 @@ class Stream:
         written = self.mlp(block)
         if sae is None:
             return [Effect("mlp", block, None, (written @ reading).item())]
-        parts = take_apart(sae, self.inputs[id(sae)][None])
-        if parts.directions.shape[1] != len(written):
+        parts = decompose(sae, self.inputs[id(sae)][None])
+        if len(parts.bias) != len(written):
             raise ValueError(
-                f"the layer of block {block} is {parts.directions.shape[1]} wide, the model's residual "
-                f"stream {len(written)}."
+                f"the layer of block {block} is {len(parts.bias)} wide, the model's residual stream "
+                f"{len(written)}."
             )
-        token_of, experts, a = parts.fired
-        vectors = a[:, None] * parts.directions[experts] * parts.decoder_out[token_of]
+        vectors = [(n, a[:, None].double() * u.double()) for _, n, a, u in parts.contributions()]
         summands = {"bias": parts.bias.double()}
         if parts.skip is not None:
             summands["skip"] = parts.skip[0].double()
-        summands["error"] = written - vectors.double().sum(0) - sum(summands.values())
+        summands["error"] = written - sum(v.sum(0) for _, v in vectors) - sum(summands.values())
         return [
             *(
                 Effect("expert", block, m, effect)
-                for m, effect in zip(experts.tolist(), (vectors.double() @ reading).tolist(), strict=True)
+                for n, v in vectors
+                for m, effect in zip(n.tolist(), (v @ reading).tolist(), strict=True)
             ),
             *(Effect(name, block, None, (v @ reading).item()) for name, v in summands.items()),
         ]

@@ -10,15 +10,15 @@ from sae_lens import SAE
 from mxd_lens.analysis.decomposition import expert_directions
 from mxd_lens.analysis.statistics import ExpertStatistics
 from mxd_lens.analysis.weights import Neighbours, Spectrum, mean_gate_share, similar_experts, spectrum
+from mxd_lens.architectures.base import expert_ids
 from mxd_lens.artifacts.tables import Cell, Tabular, percent
-from mxd_lens.hooks.steer import expert_id
 
 N_NEIGHBOURS = 5
 SHARES = {"density", "load", "along the mean gate"}
 """What of its use is shown in percent."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ExpertCard(Tabular):
     """What `sae.expert(n)` shows; c_n is row n of W_dec."""
 
@@ -77,7 +77,7 @@ class ExpertCard(Tabular):
 def expert_card(sae: SAE[Any], n: int, statistics: ExpertStatistics | None = None) -> ExpertCard:
     """A short account of one expert, which prints as a table in a terminal and in a notebook.
 
-        rich.print(expert_card(mxd, 17, expert_statistics(mxd, model, tokens)))
+        rich.print(expert_card(mxd, 17, expert_statistics(model, mxd, tokens)))
 
     Args:
         sae: the layer, of this package or SAELens'.
@@ -85,11 +85,10 @@ def expert_card(sae: SAE[Any], n: int, statistics: ExpertStatistics | None = Non
         statistics: how experts are used on a text.
 
     Raises:
-        IndexError: there is no such expert.
-        TypeError: n is no integer.
+        IndexError, TypeError: there is no such expert.
         ValueError: the statistics are of another layer; or as `expert_directions`.
     """
-    n = expert_id(sae, n)
+    (n,) = expert_ids(sae, n).tolist()
     metadata = sae.cfg.metadata
     b_enc = getattr(sae, "b_enc", None)
     k = min(N_NEIGHBOURS, sae.cfg.d_sae - 1)

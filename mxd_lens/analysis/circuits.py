@@ -21,6 +21,7 @@ from torch import Tensor
 from mxd_lens.analysis.attribution import Effect, block_of, read_stream
 from mxd_lens.artifacts.tables import Cell, Tabular, percent
 from mxd_lens.hooks.site import hook_names
+from mxd_lens.models import model_first
 
 BEAM = 512
 """Unfinished paths kept at every step back."""
@@ -51,7 +52,7 @@ class Path(NamedTuple):
         return " → ".join(map(str, self.vertices))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PathGraph(Tabular):
     """What `strongest_paths` found."""
 
@@ -123,6 +124,7 @@ def reads_stream(sae: SAE[Any]) -> bool:
 
 
 @torch.no_grad()
+@model_first
 def strongest_paths(
     model: Any,
     sae: SAE[Any],

@@ -4,9 +4,9 @@ Everything here is a sum over tokens, so that statistics of two texts add up to 
 the active experts' values and ids; the largest things held are as large as W_dec.
 """
 
-import hashlib
 import json
 import math
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,10 +19,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from mxd_lens.analysis.decomposition import ENTRIES, Parts, expert_ids, kept_inputs, take_apart
+from mxd_lens.analysis.decomposition import ENTRIES, Parts, decompose
+from mxd_lens.analysis.firings import read
+from mxd_lens.analysis.sequences import Text
+from mxd_lens.architectures.base import expert_ids
+from mxd_lens.artifacts.files import atomic_file, write_json
+from mxd_lens.artifacts.identity import hash_settings, layer_identity
 from mxd_lens.artifacts.tables import Cell, Tabular
+from mxd_lens.models import model_first
 
 if TYPE_CHECKING:
+    import pandas
     import plotly.graph_objects as go
 
 TENSORS_FILENAME, SETTINGS_FILENAME = "statistics.safetensors", "statistics.json"
@@ -32,19 +39,19 @@ class Histogram(NamedTuple):
     """How many experts have what firing density."""
 
     counts: Int[Tensor, " bins"]
-    """Experts in each bin; dead ones are in none."""
+    """Experts in each bin; silent ones are in none."""
     edges: Float[Tensor, " bins_and_one"]
     """The bins' bounds, log10 of the share of tokens."""
-    n_dead: int
-    """Experts that never fired."""
+    n_silent: int
+    """Experts that did not fire on this text."""
 
 
-@dataclass
+@dataclass(repr=False)
 class ExpertStatistics(Tabular):
     """Sums over the tokens of a corpus, for every expert n of a layer.
 
-        u_n(t) = c_n * v(t)        what a coefficient of 1 writes at token t; v = D^T z for an MxD,
-                                   1 for a transcoder
+        u_n(t)        what a coefficient of 1 writes at token t: c_n * (D^T z) for an MxD, c_n for a
+                      transcoder
 
     Made by `expert_statistics`, or empty by `of`, with activations added by `add`. Statistics of the same
     layer are summed with `+`. Where a mean is asked for of an expert that never fired, it is NaN.
@@ -59,7 +66,8 @@ class ExpertStatistics(Tabular):
     architecture: str
     """Of the layer, as SAELens calls it."""
     fingerprint: str
-    """A hash of some of the layer's weights: statistics of different layers do not add up."""
+    """A hash of the layer: its architecture, settings and all weights. Statistics of different layers do
+    not add up."""
     n_tokens: int
     """Tokens counted; without those that the layer's training excluded."""
     fired: Int[Tensor, " d_sae"]
@@ -76,8 +84,8 @@ class ExpertStatistics(Tabular):
     """sum_t a_n ||u_n||^2."""
     contribution_squared_sum: Float[Tensor, " d_sae"]
     """sum_t ||a_n u_n||^2."""
-    mixture_sum: Float[Tensor, " d_out"]
-    """sum_t C^T a."""
+    mixture_sum: Float[Tensor, " m"]
+    """sum_t of the mixture, C^T a."""
     watched: Int[Tensor, " watched"]
     """The experts of which it is counted with which others they fire; ascending."""
     fired_together: Int[Tensor, "d_sae watched"]
@@ -111,57 +119,41 @@ class ExpertStatistics(Tabular):
             direction_sum=zeros(d_sae, d_out, dtype=torch.promote_types(sae.W_dec.dtype, torch.float32)),
             weighted_squared_sum=zeros(d_sae),
             contribution_squared_sum=zeros(d_sae),
-            mixture_sum=zeros(d_out),
+            mixture_sum=zeros(mixture_width(sae)),
             watched=watched_ids,
             fired_together=zeros(d_sae, len(watched_ids), dtype=torch.int32),
         )
 
     @torch.no_grad()
     def add(self, sae: SAE[Any], x: Float[Tensor, "*batch d_in"]) -> None:
-        """Counts some of the layer's inputs in.
+        """Count in some of the layer's inputs.
 
-        Memory beside the statistics grows with the number of inputs, and as [experts that fired, d_out].
+        Memory beside the statistics grows with the number of inputs.
 
         Raises:
-            ValueError: these are statistics of another layer; or as `take_apart`.
+            ValueError: these are statistics of another layer; or as `decompose`.
         """
         self.check_is_of(sae)
-        self.add_parts(take_apart(sae, x.reshape(-1, x.shape[-1])))
+        self.add_parts(decompose(sae, x.reshape(-1, x.shape[-1])))
 
     @torch.no_grad()
     def add_parts(self, parts: Parts) -> None:
-        """Counts in what the layer did with some of its inputs, already taken apart."""
-        self.n_tokens += len(parts.coefficients)
+        """Count in some of the layer's outputs, already decomposed."""
+        self.n_tokens += len(parts)
+        self.mixture_sum += parts.mixture.double().sum(0)
         token_of, expert, a = parts.fired
         if not len(a):
             return
-        order = expert.argsort(stable=True)
-        token_of, expert, a = token_of[order], expert[order], a[order].to(self.direction_sum.dtype)
-        ids, counts = expert.unique_consecutive(return_counts=True)
-        starts = F.pad(counts.cumsum(0), (1, 0))
-
-        def per_expert(matrix: Float[Tensor, "tokens d"], weights: Float[Tensor, " fired"]) -> Tensor:
-            """sum over the tokens where an expert fires of their weight times their row of `matrix`."""
-            return F.embedding_bag(
-                token_of, matrix, starts, mode="sum", per_sample_weights=weights, include_last_offset=True
-            )
-
-        directions = parts.directions[ids].to(a.dtype)
-        decoder_out = parts.decoder_out.to(a.dtype)
-        squares = decoder_out**2
-        one = torch.ones(len(parts.coefficients), 1, dtype=torch.float64, device=a.device)
-        coefficient_sum = per_expert(one, a.double())[:, 0]
-        self.fired[ids] += counts
-        self.coefficient_sum[ids] += coefficient_sum
-        self.coefficient_squared_sum[ids] += per_expert(one, a.double() ** 2)[:, 0]
+        self.fired += torch.bincount(expert, minlength=len(self.fired))
+        self.coefficient_sum.index_add_(0, expert, a.double())
+        self.coefficient_squared_sum.index_add_(0, expert, a.double() ** 2)
         self.coefficient_max.scatter_reduce_(0, expert, a.double(), "amax")
-        self.direction_sum.index_add_(0, ids, directions * per_expert(decoder_out, a))
-        for total, weights in (
-            (self.weighted_squared_sum, a),
-            (self.contribution_squared_sum, a**2),
-        ):
-            total[ids] += (directions**2 * per_expert(squares, weights)).sum(-1).double()
-        self.mixture_sum += coefficient_sum @ directions.double()
+        for _, n, block_a, u in parts.contributions():
+            weight, written = block_a.double(), u.to(self.direction_sum)
+            squares = written.pow(2).sum(-1).double()
+            self.direction_sum.index_add_(0, n, block_a.to(written)[:, None] * written)
+            self.weighted_squared_sum.index_add_(0, n, weight * squares)
+            self.contribution_squared_sum.index_add_(0, n, weight**2 * squares)
         if len(self.watched):
             slot = torch.searchsorted(self.watched, expert).clamp_max(len(self.watched) - 1)
             hit = self.watched[slot] == expert
@@ -200,7 +192,7 @@ class ExpertStatistics(Tabular):
         return ExpertStatistics(**summed)
 
     def check_is_of(self, sae: SAE[Any]) -> None:
-        """Raises ValueError where these are statistics of another layer."""
+        """Raise ValueError where these are statistics of another layer."""
         if self.fingerprint != fingerprint(sae):
             raise ValueError(
                 f"These are statistics of another layer: of one at {self.hook_name} of "
@@ -210,13 +202,12 @@ class ExpertStatistics(Tabular):
 
     def save(self, folder: str | Path) -> None:
         """Writes statistics.safetensors and statistics.json into a folder."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         tensors = {name: v.contiguous() for name, v in values.items() if isinstance(v, Tensor)}
+        with atomic_file(Path(folder) / TENSORS_FILENAME) as partial:
+            save_file(tensors, partial)
         settings = {name: v for name, v in values.items() if name not in tensors}
-        save_file(tensors, folder / TENSORS_FILENAME)
-        (folder / SETTINGS_FILENAME).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        write_json(Path(folder) / SETTINGS_FILENAME, settings)
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "cpu") -> "ExpertStatistics":
@@ -255,9 +246,20 @@ class ExpertStatistics(Tabular):
         return self.fired.sum().item() / self.n_tokens if self.n_tokens else math.nan
 
     @property
-    def dead(self) -> Int[Tensor, " n"]:
-        """The experts that never fired."""
+    def silent(self) -> Int[Tensor, " n"]:
+        """The experts that did not fire on this text. A dead expert did not fire in training either."""
         return (self.fired == 0).nonzero()[:, 0]
+
+    @property
+    def dead(self) -> Int[Tensor, " n"]:
+        """The former name of `silent`."""
+        warnings.warn(
+            "ExpertStatistics.dead is silent now: an expert that is silent on a text need not be dead. The "
+            "old name ends with the next version.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return self.silent
 
     def always_on(self, at_least: float = 0.9) -> Int[Tensor, " n"]:
         """The experts that fire on at least this share of the tokens."""
@@ -346,7 +348,7 @@ class ExpertStatistics(Tabular):
         edges = torch.linspace(lowest, 0, bins + 1, dtype=torch.float64)
         densities = self.density[self.fired > 0].log10().cpu().clamp(lowest, 0)
         counts = torch.histogram(densities, edges).hist.long()
-        return Histogram(counts, edges, len(self.dead))
+        return Histogram(counts, edges, len(self.silent))
 
     @property
     def title(self) -> str:
@@ -375,54 +377,91 @@ class ExpertStatistics(Tabular):
             ]
         for name, value in (
             ("active on a token", self.l0),
-            ("dead", len(self.dead)),
+            ("silent on this text", len(self.silent)),
             ("on at 90 % of the tokens or more", len(self.always_on())),
             ("effective number by load", self.effective_number),
         ):
             yield [name, "", value, ""]
 
+    def to_pandas(self) -> "pandas.DataFrame":
+        """A row for every expert: how often and how strongly it fires, and what it writes.
+
+        Rates that are not defined for an expert that did not fire are NaN.
+        """
+        import pandas
+
+        frame = pandas.DataFrame(
+            {
+                "fired": self.fired,
+                "density": self.density,
+                "mean_coefficient": self.mean_coefficient,
+                "coefficient_max": self.coefficient_max,
+                "load_share": self.load_share,
+                "consistency": self.consistency,
+                "contribution_rms": self.contribution_rms,
+                "mean_direction_norm": self.mean_direction().norm(dim=-1),
+            }
+            | {
+                f"fired_with_{n}": self.fired_together[:, slot]
+                for slot, n in enumerate(self.watched.tolist())
+            },
+        )
+        return frame.rename_axis("expert").reset_index()
+
+    def __repr__(self) -> str:
+        return f"ExpertStatistics({self.title})"
+
 
 def fingerprint(sae: SAE[Any]) -> str:
-    """A hash of the first and last experts' weights."""
-    ends = [w[e].detach().float().cpu() for w in (sae.W_enc.T, sae.W_dec) for e in (0, -1)]
-    raw = torch.cat([torch.tensor([float(n) for n in sae.W_dec.shape]), *ends]).numpy().tobytes()
-    return hashlib.sha256(raw).hexdigest()[:16]
+    """A hash of a layer: its architecture, settings and all weights."""
+    return hash_settings(layer_identity(sae))
 
 
+def mixture_width(sae: SAE[Any]) -> int:
+    """The width of the layer's mixture: d_out for an MxD and a transcoder."""
+    return decompose(sae, torch.zeros(1, sae.cfg.d_in, device=sae.W_dec.device)).mixture.shape[1]
+
+
+@model_first
 def expert_statistics(
-    sae: SAE[Any],
     model: Any,
-    tokens: Int[Tensor, "sequences positions"],
+    sae: SAE[Any],
+    tokens: Text,
     batch_size: int = 8,
     watched: Iterable[int] | Int[Tensor, " n"] = (),
     progress: bool = True,
 ) -> ExpertStatistics:
-    """Runs a text through the model and gathers how the layer's experts are used on it.
+    """Measure how the layer's experts are used on a text.
+
+        expert_statistics(model, mxd, tokens).to_pandas()
 
     Args:
-        sae: the layer; its metadata says where it belongs. It may be attached or not.
         model: any hooked model; it runs up to the layer's MLP and no further.
-        tokens: token ids, one sequence a row. Tokens that the layer's training excluded are left out.
+        sae: the layer; its metadata says where it belongs. It may be attached or not.
+        tokens: token ids with one sequence per row, a string, or strings. Tokens that the layer's training
+            excluded are left out.
         batch_size: sequences in a forward pass. It does not change the numbers, beyond rounding.
         watched: experts of which it is counted with which others they fire, for `coactivation`; costs a
             column of d_sae counts each.
         progress: whether to show a progress bar.
 
     Raises:
-        IndexError: a watched expert does not exist.
-        ValueError: the layer does not belong to the model, or `tokens` are no ids.
+        IndexError, TypeError: a watched expert does not exist.
+        ValueError: the layer does not belong to the model, activations are NaN or infinite, or there is
+            no text.
     """
     statistics = ExpertStatistics.of(sae, watched)
-    for x in kept_inputs(sae, model, tokens, batch_size, progress):
-        statistics.add(sae, x)
+    for reading in read(model, {"": sae}, tokens, batch_size, progress):
+        statistics.add_parts(reading[""].parts)
     return statistics
 
 
 @torch.no_grad()
+@model_first
 def share_along(
-    sae: SAE[Any],
     model: Any,
-    tokens: Int[Tensor, "sequences positions"],
+    sae: SAE[Any],
+    tokens: Text,
     directions: Float[Tensor, "d_sae d_out"],
     batch_size: int = 8,
     progress: bool = True,
@@ -435,27 +474,24 @@ def share_along(
     transcoder's feature. It needs the directions beforehand, and so a second pass over the text.
 
     Args:
-        directions: a row an expert, of any length; that of an expert that never fires is not used.
-        sae, model, tokens, batch_size, progress: as for `expert_statistics`.
+        model, sae, tokens, batch_size, progress: as for `expert_statistics`.
+        directions: one row per expert, of any length; that of an expert that never fires is not used.
 
     Returns:
-        A share an expert; NaN where it never fires.
+        A share for each expert; NaN where it never fires.
 
     Raises:
         ValueError: the directions are not [d_sae, d_out]; or as `expert_statistics`.
     """
     if directions.shape != sae.W_dec.shape:
         raise ValueError(
-            f"expected a direction an expert, {tuple(sae.W_dec.shape)}, got {tuple(directions.shape)}."
+            f"expected one direction per expert, {tuple(sae.W_dec.shape)}, got {tuple(directions.shape)}."
         )
     unit = F.normalize(directions.to(sae.W_dec), dim=-1)
     along, whole = torch.zeros(2, len(unit), dtype=torch.float64, device=unit.device)
-    for x in kept_inputs(sae, model, tokens, batch_size, progress):
-        parts = take_apart(sae, x)
-        token_of, expert, a = parts.fired
-        for block in torch.arange(len(a), device=a.device).split(ENTRIES):
-            n = expert[block]
-            written = a[block, None] * parts.directions[n] * parts.decoder_out[token_of[block]]
+    for reading in read(model, {"": sae}, tokens, batch_size, progress):
+        for _, n, a, u in reading[""].parts.contributions():
+            written = a[:, None] * u
             along.index_add_(0, n, (written * unit[n]).sum(-1).double() ** 2)
             whole.index_add_(0, n, written.double().pow(2).sum(-1))
     return along / whole
@@ -478,7 +514,7 @@ def usage_figure(statistics: ExpertStatistics, bins: int = 40) -> "go.Figure":
     )
     figure.update_layout(
         title=f"{len(statistics.fired):,} experts on {statistics.n_tokens:,} tokens; "
-        f"{histogram.n_dead:,} never fire",
+        f"{histogram.n_silent:,} do not fire",
         xaxis_title="firing density, log10 of the share of tokens",
         yaxis_title="experts",
         bargap=0,

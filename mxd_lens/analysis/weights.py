@@ -1,12 +1,12 @@
-"""What one expert is: its weights and rank, its direction in words, and what it resembles.
+"""What one expert is by its weights: its rank, and the experts and neurons it resembles.
 
-How experts are used on a text is in `statistics`; which fire on a prompt, in `reading`. An expert's mean
-direction, which the logit lens and the neurons are asked about, is `ExpertStatistics.mean_direction`.
+How experts are used on a text is in `statistics`; which fire on a prompt, in `prompt`. An expert's mean
+direction, which neurons are compared with, is `ExpertStatistics.mean_direction`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from mxd_lens.analysis.decomposition import expert_directions, expert_ids
+from mxd_lens.analysis.decomposition import decomposable, mixture_rows
 from mxd_lens.analysis.statistics import ExpertStatistics
-from mxd_lens.architectures.base import PairedTranscoder
+from mxd_lens.architectures.base import expert_ids
 from mxd_lens.artifacts.tables import Cell, Tabular
 from mxd_lens.hooks.site import hook_names
+from mxd_lens.models import model_first
 
 BLOCK = 256
 """Experts compared at once, each with all others."""
@@ -31,7 +32,7 @@ Experts = int | Iterable[int] | Int[Tensor, " n"]
 # The weights
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Spectrum(Tabular):
     """The singular values of experts' maps W_n, from `spectrum`."""
 
@@ -67,9 +68,8 @@ def spectrum(
 ) -> Spectrum:
     """The singular values and the rank of experts' linear maps from z to the output.
 
-    For an MxD, W_n = D diag(c_n) with D = Q R, and the singular values of W_n are those of R diag(c_n),
-    which is no larger than [d_out, d_out]: D is taken apart once, and no [d_hidden, d_out] matrix is made
-    for an expert. The rank of W_n is that of D wherever no entry of c_n is zero: experts are of full rank.
+    The architecture computes them (`PairedTranscoder.singular_values`). For an MxD the rank of W_n = D
+    diag(c_n) is that of D wherever no entry of c_n is zero: experts are of full rank.
 
     A transcoder's feature writes a_n c_n, whatever the token: as a map from its coefficient it is the one
     row c_n, of rank 1 and singular value ||c_n||. So does an expert of a layer that is neither, where v is 1.
@@ -77,23 +77,18 @@ def spectrum(
     Args:
         sae: the layer.
         experts: which; None for all, of which each costs a singular value decomposition.
-        batch_size: experts taken apart at once.
+        batch_size: experts in one decomposition.
         progress: whether to show a progress bar.
 
     Raises:
         IndexError: there is no such expert.
     """
-    ids = expert_ids(sae, experts)
-    directions = expert_directions(sae)
-    if isinstance(sae, PairedTranscoder):
-        batches = tqdm(ids.split(batch_size), desc="Singular values", disable=not progress)
-        values = torch.cat(list(sae.singular_values(batches)))
-        shape = sae.expert_weight(0).shape
-    else:
-        values = directions[ids].double().norm(dim=-1, keepdim=True)
-        shape = torch.Size([1, directions.shape[1]])
+    ids, layer = expert_ids(sae, experts), decomposable(sae)
+    batches = tqdm(ids.split(batch_size), desc="Singular values", disable=not progress)
+    values = torch.cat(list(layer.singular_values(batches)))
+    shape = layer.expert_weight(0).shape
     squares = values**2
-    threshold = max(shape) * torch.finfo(directions.dtype).eps * values[:, :1]
+    threshold = max(shape) * torch.finfo(sae.W_dec.dtype).eps * values[:, :1]
     return Spectrum(
         experts=ids.cpu(),
         singular_values=values.cpu(),
@@ -104,20 +99,21 @@ def spectrum(
 
 @torch.no_grad()
 def mean_gate_share(sae: SAE[Any], statistics: ExpertStatistics) -> Float[Tensor, " d_sae"]:
-    """The share of each c_n's squared length that lies along the mean gate m = mean over tokens of C^T a.
+    """The share of each c_n's squared length that lies along the mean mixture m = mean over tokens of C^T a.
 
         (c_n . m)^2 / (||c_n||^2 ||m||^2)
 
-    An MxD's output is (C^T a) * (D^T z) + b. With m in the place of C^T a the layer is dense and the same
-    for every token: what an expert adds along m only scales that common part up or down. A share near 1
-    says that the expert does little else; near 0, that what it does is its own. For a transcoder m is the
-    mean of what the features write, and the share is how much of a feature points along it.
+    An MxD's output is (C^T a) * (D^T z) + b. With m in the place of C^T a ("mean gate") the layer is dense
+    and the same for every token: what an expert adds along m only scales that common part up or down. A
+    share near 1 says that the expert does little else; near 0, that what it does is its own. For a
+    transcoder m is the mean of what the features write, and the share is how much of a feature points along
+    it.
 
     Raises:
         ValueError: the statistics are of another layer.
     """
     statistics.check_is_of(sae)
-    c = expert_directions(sae).double()
+    c = mixture_rows(sae).double()
     m = F.normalize(statistics.mean_mixture.to(c), dim=0)
     return ((c @ m) ** 2 / c.pow(2).sum(-1)).cpu()
 
@@ -125,7 +121,7 @@ def mean_gate_share(sae: SAE[Any], statistics: ExpertStatistics) -> Float[Tensor
 # What experts resemble
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Neighbours(Tabular):
     """The experts most similar to some."""
 
@@ -206,157 +202,10 @@ def _nearest(
     return Neighbours(ids, neighbours, values, measure)
 
 
-# What a direction says in the model's own terms
+# The MLP's own neurons
 
 
-@dataclass(frozen=True)
-class LogitLens(Tabular):
-    """The tokens that directions promote and suppress, from `logit_lens`."""
-
-    names: list[str]
-    """What the directions are of."""
-    promoted: list[list[str]]
-    """For each direction the tokens with the largest logits, largest first."""
-    promoted_logits: Float[Tensor, "n k"]
-    """Their logits, less the mean over the vocabulary."""
-    suppressed: list[list[str]]
-    """The tokens with the smallest, smallest first."""
-    suppressed_logits: Float[Tensor, "n k"]
-    """Their logits, less the mean over the vocabulary."""
-
-    @property
-    def title(self) -> str:
-        return "Logit lens: logits before the final norm's division, less their mean over the vocabulary"
-
-    @property
-    def columns(self) -> list[str]:
-        return ["of", "rank", "promoted", "logit, promoted", "suppressed", "logit, suppressed"]
-
-    @property
-    def rows(self) -> Iterator[list[Cell]]:
-        for i, name in enumerate(self.names):
-            for j, (up, down) in enumerate(zip(self.promoted[i], self.suppressed[i], strict=True)):
-                up_logit, down_logit = self.promoted_logits[i, j].item(), self.suppressed_logits[i, j].item()
-                yield [name, j + 1, up, up_logit, down, down_logit]
-
-
-@torch.no_grad()
-def logit_lens(
-    model: Any,
-    directions: Float[Tensor, "n d_model"] | Float[Tensor, " d_model"],
-    k: int = 10,
-    names: Sequence[Any] | None = None,
-) -> LogitLens:
-    """The tokens that directions in the residual stream promote and suppress most.
-
-        logit_lens(model, statistics.mean_direction([5, 17]), names=[5, 17])
-
-    See `direction_logits` for what is done about the final norm. Logits are given less their mean over
-    the vocabulary, which changes no probability.
-
-    Args:
-        model: any hooked model.
-        directions: one, or a row each.
-        k: tokens on either side.
-        names: what the rows are of, for the table; None numbers them.
-
-    Raises:
-        ValueError: the directions are not of the residual stream's width or not finite, or the names do
-            not fit.
-    """
-    directions = directions.reshape(-1, directions.shape[-1])
-    if not directions.isfinite().all():
-        raise ValueError("a direction is not finite: an expert that never fired has no mean direction.")
-    labels = [str(name) for name in (range(len(directions)) if names is None else names)]
-    if len(labels) != len(directions):
-        raise ValueError(f"there are {len(directions)} directions and {len(labels)} names.")
-    (up, promoted), (down, suppressed) = extreme_logits(model, directions, k)
-    words = [
-        [[model.tokenizer.decode([t]) for t in row] for row in ids.tolist()] for ids in (promoted, suppressed)
-    ]
-    return LogitLens(labels, words[0], up, words[1], down)
-
-
-@torch.no_grad()
-def extreme_logits(
-    model: Any, directions: Float[Tensor, "n d_model"], k: int
-) -> tuple[tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]], tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]]:
-    """The largest logits of each direction with their token ids, largest first, and the smallest likewise.
-
-    See `direction_logits`; less the mean over the vocabulary. No [n, d_vocab] matrix is made.
-    """
-    sides: dict[bool, list[tuple[Tensor, Tensor]]] = {True: [], False: []}
-    for block in directions.split(BLOCK):
-        logits = direction_logits(model, block)
-        logits = logits - logits.mean(-1, keepdim=True)
-        for largest, found in sides.items():
-            values, tokens = logits.topk(k, largest=largest)
-            found.append((values.cpu(), tokens.cpu()))
-    up, down = (
-        (torch.cat([values for values, _ in found]), torch.cat([tokens for _, tokens in found]))
-        for found in sides.values()
-    )
-    return up, down
-
-
-@torch.no_grad()
-def direction_logits(model: Any, directions: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
-    """What a step along each direction adds to the logits, the final norm's scale held fixed: (w * d) W_U.
-
-    The final norm makes w * r / rms(r) of the residual stream r (a layer norm subtracts the mean of r
-    first, and then so does this). Its weight w is applied; its division is not, because the scale is
-    another at every token: divide by rms(r) for a given token's logits. The norm's and the unembedding's
-    biases add the same to every direction and are left out, as is a soft cap on the logits.
-
-    Raises:
-        ValueError: the directions are not of the residual stream's width.
-    """
-    W_U = model.W_U
-    if directions.shape[-1] != len(W_U):
-        raise ValueError(
-            f"expected directions [..., d_model = {len(W_U)}], got {tuple(directions.shape)}: only a layer "
-            "that writes into the residual stream has a logit lens."
-        )
-    return read_norm(model.ln_final, W_U).before_scale(directions.to(W_U)) @ W_U
-
-
-class Norm(NamedTuple):
-    """A layer norm or RMS norm: weight * (r [- mean r]) / scale(r) + bias."""
-
-    weight: Float[Tensor, " d_model"]
-    """Ones where it has been folded into what follows."""
-    bias: Float[Tensor, " d_model"]
-    """Zeros for an RMS norm."""
-    centres: bool
-    """Whether the mean is subtracted, as in a layer norm."""
-
-    def before_scale(self, r: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """weight * (r [- mean r]): linear in r, as is the norm itself where its scale is held fixed."""
-        return self.weight * (r - r.mean(-1, keepdim=True) if self.centres else r)
-
-
-@torch.no_grad()
-def read_norm(norm: Callable[[Tensor], Tensor], like: Float[Tensor, "d_model *other"]) -> Norm:
-    """What a norm of a model does, found by doing it.
-
-    To a vector of zero mean and unit root mean square, to its negative, and to the vector with 1 added: each
-    library, and each family of models, keeps the weight in a form of its own (folded away; less 1; under
-    another name). Right to the norm's epsilon, 1e-5 or less of the weight.
-
-    Args:
-        norm: the norm's module.
-        like: a tensor as long as the residual stream is wide, of the model's dtype and device.
-    """
-    probe = torch.ones(len(like), dtype=like.dtype, device=like.device)
-    probe[1::2] = -1
-    probe = probe - probe.mean()
-    probe = probe / probe.pow(2).mean().sqrt()
-    plus, minus, moved = (norm(v.view(1, 1, -1)).view(-1) for v in (probe, -probe, probe + 1))
-    centres = bool((moved - plus).norm() < 0.01 * (plus - minus).norm())
-    return Norm((plus - minus) / (2 * probe), (plus + minus) / 2, centres)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class NearestNeurons(Tabular):
     """The MLP's own neurons that experts resemble, from `nearest_neurons`."""
 
@@ -393,6 +242,7 @@ class NearestNeurons(Tabular):
 
 
 @torch.no_grad()
+@model_first
 def nearest_neurons(
     model: Any, sae: SAE[Any], statistics: ExpertStatistics, experts: Experts, k: int = 5
 ) -> NearestNeurons:

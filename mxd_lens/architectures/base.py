@@ -32,6 +32,7 @@ same holds for the experts' weights. Its matched size needs nothing: `PairedTran
 counts the parameters of the layer.
 """
 
+import operator
 import reprlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -169,6 +170,33 @@ def check_metadata(metadata: SAEMetadata) -> None:
     for name in ("model_name", "hook_name", "hook_name_out"):
         if not isinstance(settings.get(name), str | None):
             raise ValueError(f"metadata.{name} must be a name, got {reprlib.repr(settings[name])}.")
+
+
+def expert_ids(layer: SAE[Any], experts: int | Iterable[int] | Int[Tensor, " n"] | None) -> Int[Tensor, " n"]:
+    """Expert ids as a tensor on the layer's device; all of them for None.
+
+    Raises:
+        IndexError: there is no such expert.
+        TypeError: they are no integers; a mask, for one.
+    """
+    device, d_sae = layer.W_dec.device, layer.cfg.d_sae
+    if experts is None:
+        return torch.arange(d_sae, device=device)
+    if not isinstance(experts, Tensor):
+        experts = (
+            list(experts) if isinstance(experts, Iterable) and not isinstance(experts, str) else [experts]
+        )
+        for n in experts:
+            if isinstance(n, bool) or not hasattr(n, "__index__"):
+                raise TypeError(f"an expert is named by an integer, got {reprlib.repr(n)}.")
+        experts = torch.tensor([operator.index(n) for n in experts], dtype=torch.long)
+    if experts.is_floating_point() or experts.dtype == torch.bool:
+        raise TypeError(f"an expert is named by an integer, got a tensor of {experts.dtype}.")
+    ids = experts.to(device, torch.long).reshape(-1)
+    outside = ids[(ids < 0) | (ids >= d_sae)]
+    if len(outside):
+        raise IndexError(f"expert {int(outside[0])} does not exist: there are {d_sae}, from 0.")
+    return ids
 
 
 WRITES = frozenset(("expert_input", "mixture", "experts_out"))
@@ -333,10 +361,8 @@ class PairedTranscoder(Transcoder):
             yield self.W_dec[experts].double().norm(dim=-1, keepdim=True)
 
     def check_expert(self, n: int) -> int:
-        """n. Raises IndexError where there is no expert n."""
-        if not 0 <= n < self.cfg.d_sae:
-            raise IndexError(f"expert {n} does not exist: there are {self.cfg.d_sae}, from 0.")
-        return n
+        """n. Raises IndexError or TypeError where there is no expert n."""
+        return int(expert_ids(self, n))
 
     # Weights
 

@@ -190,6 +190,10 @@ class Tabular:
         """What is shown, a table for each question."""
         return [Table(self.columns, list(self.rows), self.title)]
 
+    def __repr__(self) -> str:
+        # A result holds thousands of numbers: in a console one line says which it is.
+        return f"<{type(self).__name__}: {text_of(self.tables[0].title)}>"
+
     def to_pandas(self) -> "pandas.DataFrame":
         """The first table as a data frame, its numbers unrounded."""
         return self.tables[0].to_pandas()

@@ -102,23 +102,21 @@ def ablation(
     if again and len(layers) > 1:
         raise typer.BadParameter(f"it is for one layer, {len(layers)} are given.", param_hint="--again")
 
-    from mxd_lens import stability, what_experts_carry
-    from mxd_lens.evals.ablation import save_carry
+    from mxd_lens import ablation_study, stability
+    from mxd_lens.evals.ablation import save_ablations
     from mxd_lens.reports.ablation import write_carry_page
 
     saes = load_layers(layers, device)
     first = next(iter(saes.values()))
     language_model = load_its_model(first, model, device, bridge)
     tokens = sequences_of(text, language_model, first, sequences, skip, held_out)
-    reports = what_experts_carry(
-        model=language_model, saes=saes, tokens=tokens, judged_sequences=min(judged, len(tokens))
-    )
+    reports = ablation_study(language_model, saes, tokens, min(judged, len(tokens)))
     if again:
         seeds = {f"again: {name}": sae for name, sae in load_layers(again, device).items()}
-        found = stability(saes | seeds, language_model, tokens)
+        found = stability(language_model, saes | seeds, tokens)
         reports = {name: replace(report, stability=found) for name, report in reports.items()}
     output.mkdir(parents=True, exist_ok=True)
-    save_carry(output / "ablation.json", reports)
+    save_ablations(output / "ablation.json", reports)
     page = write_carry_page(output / "index.html", reports, {"text": text, "rows skipped": str(skip)})
     show(reports, json, f"The page: {page}")
 

@@ -1,33 +1,37 @@
-"""What the experts of a layer carry: what is lost without them, and what each of them depends on.
+"""What the experts of a layer contribute: what is lost without them, and what each of them depends on.
 
-    y_hat = (C^T a) * v + rest           v = D^T z for an MxD, 1 for a transcoder
+    y_hat = experts(m) + rest           m = C^T a, the mixture; rest the skip connection and the bias
 
-Three ways to drain the gate g = C^T a: its mean over the tokens, another token's (`evaluate` measures
-both), and the best constant
+Mean ablation of the experts replaces m by its mean over the tokens, resample ablation by another token's
+(`evaluate` measures both); the best constant
 
-    g_j = sum_t w_t v_tj (y_tj - rest_tj) / sum_t w_t v_tj^2        w_t = 1 / ||y_t||^2
+    argmin_g sum_t w_t ||y_t - rest_t - experts(g)_t||^2        w_t = 1 / ||y_t||^2
 
-which no other constant beats in normalised MSE: what is left of the error is what experts that differ
-between tokens are needed for. Beside them stand the ablation curves, in which a token keeps only the
-experts that write most there, or loses them.
+is the one that no other constant beats in normalised MSE: what is left of the error is what experts that
+differ between tokens are needed for. Beside them stand the ablation curves: sufficiency, where a token keeps
+only the experts that write most there, and necessity, where it loses them.
 """
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from sae_lens import SAE
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mxd_lens.analysis.decomposition import take_apart
+from mxd_lens.analysis.decomposition import Parts, decompose
+from mxd_lens.analysis.sequences import Text, token_batches, token_sequences_of
+from mxd_lens.artifacts.files import write_json
 from mxd_lens.artifacts.tables import Cell, Tabular, percent
-from mxd_lens.evals.faithfulness import FaithfulnessReport, Judged, Place, Run, RunAt, evaluate_all, share
+from mxd_lens.evals.faithfulness import FaithfulnessReport, evaluate_all, share
+from mxd_lens.evals.harness import Forward, Measurement, Target, layer_output
 from mxd_lens.evals.stability import Stability
 from mxd_lens.evals.token_dependence import (
     Dependence,
@@ -36,44 +40,68 @@ from mxd_lens.evals.token_dependence import (
     read_firings,
     token_information,
 )
-from mxd_lens.hooks.replace import Replacement
-from mxd_lens.hooks.site import check_fits
-from mxd_lens.training.runner import write_json
+from mxd_lens.hooks.replace import Hook, Replacement
+from mxd_lens.models import model_first
 
-# Gates and ablations
+# Mixtures and ablations
 
 
-class BestConstantGate:
-    """The constant that, in the place of C^T a, leaves the least normalised MSE on some tokens."""
+class BestConstant:
+    """The constant that, in the place of the mixture, leaves the least normalised MSE on some tokens.
+
+    Where every output dimension depends on its own entries of the mixture alone (m * s for an MxD and a
+    transcoder, m * s + e for affine experts), it is a least-squares problem for each dimension.
+    """
 
     def __init__(self, sae: SAE[Any]) -> None:
         self.sae = sae
-        self._product: Tensor | float = 0.0
-        self._square: Tensor | float = 0.0
+        self._products: Tensor | float = 0.0
+        self._squares: Tensor | float = 0.0
+        self._is_elementwise = True
 
     def add(self, x: Float[Tensor, "tokens d_in"], y: Float[Tensor, "tokens d_out"]) -> None:
-        """Counts some tokens in: the layer's inputs, and the MLP's outputs."""
-        parts = take_apart(self.sae, x)
-        v, target = parts.decoder_out.double(), y.to(parts.bias.device).double()
+        """Count in some tokens: the layer's inputs, and the MLP's outputs."""
+        parts = decompose(self.sae, x)
+        factors = self._factors(parts)
+        if factors is None:
+            self._is_elementwise = False
+            return
+        target = y.to(parts.bias.device).double()
         weight = 1 / target.pow(2).sum(-1, keepdim=True).clamp_min(1e-12)
-        self._product = self._product + (weight * v * (target - parts.rest.double())).sum(0)
-        self._square = self._square + (weight * v**2).sum(0)
+        missing = target - parts.rest.double()
+        weight = weight.expand_as(missing)
+        self._products = self._products + torch.einsum("td,td,qtd->dq", weight, missing, factors)
+        self._squares = self._squares + torch.einsum("td,ptd,qtd->dpq", weight, factors, factors)
+
+    def _factors(self, parts: Parts) -> Float[Tensor, "q tokens d_out"] | None:
+        """What each of the q entries of the mixture for one output dimension is multiplied by; None where
+        the experts' output is not elementwise in the mixture."""
+        d_out, width = len(parts.bias), parts.mixture.shape[1]
+        if width % d_out:
+            return None
+        ones = torch.eye(width // d_out).repeat_interleave(d_out, dim=1).to(parts.mixture)
+        factors = torch.stack([parts.experts_out(one).expand(-1, d_out) for one in ones]).double()
+        blocks = parts.mixture.view(len(parts), len(ones), d_out).double()
+        experts = parts.experts_out(parts.mixture).double()
+        differs = (torch.einsum("tqd,qtd->td", blocks, factors) - experts).norm() > 0.02 * experts.norm()
+        return None if differs else factors
 
     @property
-    def gate(self) -> Float[Tensor, " d_out"]:
-        """g; 0 in a dimension where v is 0 at every token."""
-        product, square = torch.as_tensor(self._product), torch.as_tensor(self._square)
-        return (product / square).where(square > 0, 0.0)
+    def mixture(self) -> Float[Tensor, " m"] | None:
+        """The constant; 0 in a dimension that nothing is multiplied with. None where the experts' output is
+        not elementwise in the mixture."""
+        if not self._is_elementwise:
+            return None
+        squares, products = torch.as_tensor(self._squares), torch.as_tensor(self._products)
+        return (torch.linalg.pinv(squares, hermitian=True) @ products.unsqueeze(-1))[..., 0].T.flatten()
 
-    def replacement(self) -> Replacement:
-        """The layer with the best constant gate."""
-        gate = self.gate.to(self.sae.W_dec)
-
-        def replace(x: Tensor, _y: Tensor) -> Tensor:
-            parts = take_apart(self.sae, x.reshape(-1, x.shape[-1]))
-            return parts.dense(gate).view(*x.shape[:-1], -1)
-
-        return replace
+    def replacement(self) -> Replacement | None:
+        """The layer with the best constant; None where there is no `mixture`."""
+        mixture = self.mixture
+        if mixture is None:
+            return None
+        constant = mixture.to(self.sae.W_dec)
+        return layer_output(self.sae, lambda parts: parts.with_mixture(constant))
 
 
 def only_strongest(sae: SAE[Any], n: int) -> Replacement:
@@ -87,14 +115,12 @@ def without_strongest(sae: SAE[Any], n: int) -> Replacement:
 
 
 def _ablated(sae: SAE[Any], keeps: Callable[[Tensor], Tensor]) -> Replacement:
-    def replace(x: Tensor, _y: Tensor) -> Tensor:
-        parts = take_apart(sae, x.reshape(-1, x.shape[-1]))
+    def output(parts: Parts) -> Tensor:
         order = parts.norms().argsort(dim=-1, descending=True, stable=True)
         rank = order.argsort(dim=-1)
-        kept = parts._replace(coefficients=parts.coefficients * keeps(rank))
-        return (kept.output + kept.bias).view(*x.shape[:-1], -1)
+        return parts.with_coefficients(parts.coefficients * keeps(rank)).y
 
-    return replace
+    return layer_output(sae, output)
 
 
 # The report
@@ -102,7 +128,7 @@ def _ablated(sae: SAE[Any], keeps: Callable[[Tensor], Tensor]) -> Replacement:
 
 @dataclass(frozen=True)
 class Ablation:
-    """A layer with its strongest experts kept or removed, at every token."""
+    """A layer with only its strongest experts (sufficiency), or without them (necessity), at every token."""
 
     n: int
     """How many of a token's active experts, those that write most there. The last entry is of all of them:
@@ -117,18 +143,19 @@ class Ablation:
     """Without these, in nats a token."""
 
 
-@dataclass(frozen=True)
-class CarryReport(Tabular):
-    """What `what_experts_carry` measured of one layer."""
+@dataclass(frozen=True, repr=False)
+class AblationReport(Tabular):
+    """What `ablation_study` measured of one layer."""
 
     architecture: str
     """As SAELens registers it."""
     k: int | None
-    """Active experts a token, where that is fixed."""
+    """Active experts per token, where that is fixed."""
     faithfulness: FaithfulnessReport
-    """The layer in the MLP's place, with the mean and the shuffled gate beside it."""
+    """The layer in the MLP's place, with mean and resample ablation of its experts beside it."""
     normalized_mse_best_constant_gate: float
-    """normalized_mse with the constant that is best on these very tokens in the place of C^T a."""
+    """normalized_mse with the constant that is best on these very tokens in the place of the mixture; NaN
+    for an architecture that has none."""
     ce_loss_best_constant_gate: float
     """Cross-entropy with it."""
     ablations: list[Ablation]
@@ -139,16 +166,16 @@ class CarryReport(Tabular):
     """How alike the experts of other seeds are; empty where there was no other layer to compare with."""
 
     @property
-    def carried(self) -> float:
-        """(best constant - normalized_mse) / best constant: the share of what no constant gate explains
-        that the experts do. It is at most the feature share, which the mean gate gives."""
+    def explained_by_experts(self) -> float:
+        """(best constant - normalized_mse) / best constant: the share of what no constant mixture explains
+        that the experts do. It is at most the feature share, which mean ablation gives."""
         constant = self.normalized_mse_best_constant_gate
         return share(constant - self.faithfulness.normalized_mse, constant)
 
     @property
-    def half_carried_by(self) -> int | None:
-        """The fewest experts of those tried which, kept alone, do half of what all of them do: halve the
-        distance in normalised MSE between none and all. None where all do no better than none."""
+    def half_explained_by(self) -> int | None:
+        """The fewest experts of those tried that alone halve the distance in normalised MSE between none and
+        all. None where all do no better than none."""
         errors = {a.n: a.normalized_mse_kept for a in self.ablations}
         none, whole = errors[0], self.faithfulness.normalized_mse
         if whole >= none:
@@ -159,8 +186,8 @@ class CarryReport(Tabular):
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, known: Mapping[str, Any]) -> "CarryReport":
-        """The report of which `to_dict` made this."""
+    def from_dict(cls, known: Mapping[str, Any]) -> "AblationReport":
+        """The report that `to_dict` gave."""
         information = dict(known["information"])
         information["dependences"] = [Dependence(**d) for d in information["dependences"]]
         for kind in ("lookups", "contextual"):
@@ -168,7 +195,7 @@ class CarryReport(Tabular):
                 ExampleExpert(**e | {"tokens": [(t, s) for t, s in e["tokens"]]}) for e in information[kind]
             ]
         parts: dict[str, Any] = {
-            "faithfulness": FaithfulnessReport(**known["faithfulness"]),
+            "faithfulness": FaithfulnessReport.from_dict(known["faithfulness"]),
             "ablations": [Ablation(**a) for a in known["ablations"]],
             "information": TokenInformation(**information),
             "stability": [Stability(**s) for s in known["stability"]],
@@ -178,7 +205,7 @@ class CarryReport(Tabular):
     @property
     def title(self) -> str:
         r = self.faithfulness
-        return f"What the experts of {r.model_name}'s {r.hook_name_out} carry, {r.n_tokens:,} tokens"
+        return f"Ablation of the experts of {r.model_name}'s {r.hook_name_out}, {r.n_tokens:,} tokens"
 
     @property
     def columns(self) -> list[str]:
@@ -191,18 +218,22 @@ class CarryReport(Tabular):
             ["unmodified", 0.0, f"{r.ce_loss:.3f}"],
             ["the layer", r.normalized_mse, f"{r.ce_loss_replaced:.3f}"],
             [
-                "best constant gate",
+                "experts at their best constant",
                 self.normalized_mse_best_constant_gate,
                 f"{self.ce_loss_best_constant_gate:.3f}",
             ],
-            ["mean gate", r.normalized_mse_mean_gate, f"{r.ce_loss_mean_gate:.3f}"],
-            ["shuffled gate", r.normalized_mse_shuffled_gate, f"{r.ce_loss_shuffled_gate:.3f}"],
+            ["mean ablation (mean gate)", r.normalized_mse_mean_gate, f"{r.ce_loss_mean_gate:.3f}"],
+            [
+                "resample ablation (shuffled gate)",
+                r.normalized_mse_shuffled_gate,
+                f"{r.ce_loss_shuffled_gate:.3f}",
+            ],
             ["zero ablated", 1.0, f"{r.ce_loss_zero_ablated:.3f}"],
         ]
         for a in self.ablations:
             rows.append([f"only the {a.n} strongest", a.normalized_mse_kept, f"{a.ce_loss_kept:.3f}"])
             rows.append([f"without them ({a.n})", a.normalized_mse_removed, f"{a.ce_loss_removed:.3f}"])
-        rows.append(["carried by the experts", percent(self.carried), ""])
+        rows.append(["explained by the experts", percent(self.explained_by_experts), ""])
         rows += [
             [f"firing determined by: {d.variable}", percent(d.firing), ""] for d in information.dependences
         ]
@@ -212,78 +243,104 @@ class CarryReport(Tabular):
         return rows
 
 
-def save_carry(path: str | Path, reports: Mapping[str, CarryReport]) -> None:
-    """Writes reports as JSON, by the layers' names."""
+def save_ablations(path: str | Path, reports: Mapping[str, AblationReport]) -> None:
+    """Write reports as JSON, by the layers' names."""
     write_json(Path(path), {name: report.to_dict() for name, report in reports.items()})
 
 
-def load_carry(path: str | Path) -> dict[str, CarryReport]:
-    """Reads reports that `save_carry` wrote."""
+def load_ablations(path: str | Path) -> dict[str, AblationReport]:
+    """Read reports that `save_ablations` wrote."""
     known = json.loads(Path(path).read_text(encoding="utf-8"))
-    return {name: CarryReport.from_dict(report) for name, report in known.items()}
+    return {name: AblationReport.from_dict(report) for name, report in known.items()}
 
 
 @torch.no_grad()
-def what_experts_carry(
-    saes: Mapping[str, SAE[Any]],
+@model_first
+def ablation_study(
     model: Any,
-    tokens: Int[Tensor, "sequences positions"],
-    judged_sequences: int = 32,
+    saes: Mapping[str, SAE[Any]],
+    tokens: Text,
+    ablated_sequences: int = 32,
     batch_size: int = 8,
     min_fired: int = 10,
     progress: bool = True,
-) -> dict[str, CarryReport]:
-    """What the experts of some layers carry, each layer for itself.
+    text_name: str = "",
+) -> dict[str, AblationReport]:
+    """Measure what the experts of some layers contribute, each layer on its own.
 
-        reports = what_experts_carry({"MxD": mxd, "transcoder": transcoder}, model, tokens)
+        reports = ablation_study(model, {"MxD": mxd, "transcoder": transcoder}, tokens)
 
-    Right for every layer of this package, for SAELens' transcoders and for SAEs.
+    For every layer of this package, for SAELens' transcoders and for SAEs.
 
     Args:
-        saes: the layers by name.
         model: any hooked model with a tokenizer.
-        tokens: held-out token ids, one sequence a row, with BOS where the training had it.
-        judged_sequences: how many of the sequences, from the first, the gates and the ablation curves are
-            judged on: some twenty runs of the language model a layer. Which experts fire is read from all.
+        saes: the layers by name.
+        tokens: token ids with one sequence per row, a string, or strings. Use text that the layers were
+            not trained on.
+        ablated_sequences: how many of the sequences, from the first, the ablations run on: some twenty runs
+            of the language model per layer. Which experts fire is read from all.
         batch_size: sequences in a forward pass. It does not change the numbers.
         min_fired: see `token_information`.
         progress: whether to show progress bars.
+        text_name: what the text is called, for the reports.
 
     Raises:
-        ValueError: as `evaluate` and `token_information`, or judged_sequences is not positive, or a layer is
+        ValueError: as `evaluate` and `token_information`, or ablated_sequences is not positive, or a layer is
             one of SAELens' that rescales or reshapes its input while it runs.
     """
-    if judged_sequences < 1:
-        raise ValueError(f"judged_sequences must be at least 1, got {judged_sequences}.")
-    for sae in saes.values():
-        check_fits(model, sae)
-    judged = tokens[:judged_sequences]
-    reports = evaluate_all(saes, model, judged, batch_size, progress)
-    constant = _best_constants(saes, model, judged, batch_size, progress)
-    replacements = {
-        name: {"constant": constant[name].replacement()}
-        | {("kept", n): only_strongest(sae, n) for n in sizes(reports[name])}
-        | {("removed", n): without_strongest(sae, n) for n in sizes(reports[name]) if n}
-        for name, sae in saes.items()
-    }
-    scores = _judge(saes, model, judged, replacements, batch_size, progress)
-    firings = read_firings(saes, model, tokens, batch_size, progress)
+    if ablated_sequences < 1:
+        raise ValueError(f"ablated_sequences must be at least 1, got {ablated_sequences}.")
+    sequences = token_sequences_of(model, next(iter(saes.values())), tokens)
+    ablated = sequences[:ablated_sequences]
+    targets = {name: Target.of(model, sae) for name, sae in saes.items()}
+    reports = evaluate_all(model, saes, ablated, batch_size, progress, text_name)
+    forwards = [Forward(model, batch) for batch in token_batches(ablated, batch_size, progress=False)]
+    constants = _best_constants(saes, targets, forwards, progress)
+    replacements: dict[str, dict[Any, Replacement]] = {}
+    for name, sae in saes.items():
+        constant = constants[name].replacement()
+        replacements[name] = (
+            ({} if constant is None else {"constant": constant})
+            | {("kept", n): only_strongest(sae, n) for n in sizes(reports[name])}
+            | {("removed", n): without_strongest(sae, n) for n in sizes(reports[name]) if n}
+        )
+    scores = _measure(targets, forwards, replacements, progress)
+    firings = read_firings(model, saes, sequences, batch_size, progress)
 
     def decode(token: int) -> str:
         return model.tokenizer.decode([token])
 
     return {
-        name: CarryReport(
+        name: AblationReport(
             architecture=sae.cfg.architecture(),
             k=getattr(sae.cfg, "k", None),
             faithfulness=reports[name],
-            normalized_mse_best_constant_gate=scores[name]["constant"].normalized_mse,
-            ce_loss_best_constant_gate=scores[name]["constant"].ce_loss,
+            normalized_mse_best_constant_gate=(
+                scores[name]["constant"].normalized_mse if "constant" in scores[name] else math.nan
+            ),
+            ce_loss_best_constant_gate=(
+                scores[name]["constant"].ce_loss if "constant" in scores[name] else math.nan
+            ),
             ablations=_ablations(sae, reports[name], scores[name]),
             information=token_information(firings[name], decode, min_fired),
         )
         for name, sae in saes.items()
     }
+
+
+def what_experts_carry(
+    saes: Any, model: Any, tokens: Any, judged_sequences: int = 32, **settings: Any
+) -> dict[str, AblationReport]:
+    """The former name of `ablation_study`, with its former order of arguments."""
+    warnings.warn(
+        "what_experts_carry is ablation_study(model, saes, text, ablated_sequences) now. The old name ends "
+        "with the next version.",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    if isinstance(model, Mapping):
+        saes, model = model, saes
+    return ablation_study(model, saes, tokens, judged_sequences, **settings)
 
 
 def sizes(report: FaithfulnessReport) -> list[int]:
@@ -292,53 +349,54 @@ def sizes(report: FaithfulnessReport) -> list[int]:
 
 
 def _best_constants(
-    saes: Mapping[str, SAE[Any]], model: Any, tokens: Tensor, batch_size: int, progress: bool
-) -> dict[str, BestConstantGate]:
-    gates = {name: BestConstantGate(sae) for name, sae in saes.items()}
-    places = {name: Place.of(sae, model, tokens) for name, sae in saes.items()}
+    saes: Mapping[str, SAE[Any]],
+    targets: Mapping[str, Target],
+    forwards: list[Forward],
+    progress: bool,
+) -> dict[str, BestConstant]:
+    constants = {name: BestConstant(sae) for name, sae in saes.items()}
 
-    def adding(gate: BestConstantGate, at: RunAt) -> Replacement:
+    def adding(constant: BestConstant, forward: Forward, target: Target) -> list[Hook]:
+        counted = forward.counted(target)
+
         def add(x: Tensor, y: Tensor) -> Tensor:
-            gate.add(x[at.kept.to(x.device)], y[at.kept.to(y.device)])
+            constant.add(x[counted.to(x.device)], y[counted.to(y.device)])
             return y
 
-        return add
+        return forward.hooks(target, add)
 
-    for batch in tqdm(tokens.split(batch_size), desc="Fitting constants", disable=not progress):
-        run = Run(model, batch)
-        at = {name: run.at(place) for name, place in places.items()}
-        run.logits(hook for name, gate in gates.items() for hook in at[name].hooks(adding(gate, at[name])))
-    return gates
+    for forward in tqdm(forwards, desc="Fitting constants", disable=not progress):
+        forward.logits(
+            hook for name, constant in constants.items() for hook in adding(constant, forward, targets[name])
+        )
+    return constants
 
 
-def _judge(
-    saes: Mapping[str, SAE[Any]],
-    model: Any,
-    tokens: Tensor,
+def _measure(
+    targets: Mapping[str, Target],
+    forwards: list[Forward],
     replacements: Mapping[str, Mapping[Any, Replacement]],
-    batch_size: int,
     progress: bool,
-) -> dict[str, dict[Any, Judged]]:
-    scores = {name: {what: Judged() for what in of} for name, of in replacements.items()}
-    places = {name: Place.of(sae, model, tokens) for name, sae in saes.items()}
-    batches = tokens.split(batch_size)
-    passes = len(batches) * sum(map(len, replacements.values()))
+) -> dict[str, dict[Any, Measurement]]:
+    scores = {name: {what: Measurement() for what in of} for name, of in replacements.items()}
+    passes = len(forwards) * sum(map(len, replacements.values()))
     with tqdm(total=passes, desc="Ablating experts", disable=not progress) as bar:
-        for batch in batches:
-            run = Run(model, batch)
+        for forward in forwards:
             for name, of in replacements.items():
                 for what, replacement in of.items():
-                    scores[name][what].add(run.at(places[name]), replacement)
+                    scores[name][what].add(forward, targets[name], replacement)
                     bar.update()
     return scores
 
 
-def _ablations(sae: SAE[Any], report: FaithfulnessReport, scores: Mapping[Any, Judged]) -> list[Ablation]:
+def _ablations(
+    sae: SAE[Any], report: FaithfulnessReport, scores: Mapping[Any, Measurement]
+) -> list[Ablation]:
     def of(what: str, n: int) -> tuple[float, float]:
         if (what, n) == ("removed", 0):
             return report.normalized_mse, report.ce_loss_replaced
-        judged = scores[what, n]
-        return judged.normalized_mse, judged.ce_loss
+        measured = scores[what, n]
+        return measured.normalized_mse, measured.ce_loss
 
     ablations = [Ablation(n, *of("kept", n), *of("removed", n)) for n in sizes(report)]
     # All of them: the layer itself, and the layer without experts.

@@ -3,7 +3,7 @@
     y_hat = (C^T a - m) * v + m * v + skip + b        v = D^T z for an MxD, 1 for a transcoder or SAE
             `- experts     `- mean gate               m the mean of C^T a over a text
 
-What is left without the experts, the last three summands, is the dense part. Every part is measured along the
+Mean ablation of the experts leaves the last three summands, the dense part. Every part is measured along the
 MLP's own output y, which all layers share: <part, y> / ||y||^2. The shares of the four parts and of what is
 missing, y - y_hat, sum to 1; one that points against y is negative.
 """
@@ -20,13 +20,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from mxd_lens.analysis.decomposition import Parts, kept_inputs, one_prompt, take_apart
+from mxd_lens.analysis.decomposition import Parts, decompose
+from mxd_lens.analysis.firings import read
+from mxd_lens.analysis.prompt import one_prompt
+from mxd_lens.analysis.sequences import Text, batch_of, token_sequences_of
 from mxd_lens.analysis.token_text import token_texts, vocabulary_text
 from mxd_lens.artifacts.tables import Cell, Tabular
-from mxd_lens.evals.faithfulness import Place, Run, RunAt
+from mxd_lens.evals.harness import Forward, Target, layer_output, zero
 from mxd_lens.hooks.replace import Replacement, paired_hooks
 from mxd_lens.hooks.site import check_fits, hook_names
-from mxd_lens.models import attached_layer, hook_point_name
+from mxd_lens.models import attached_layer, hook_point_name, model_first
 
 PARTS = ("experts", "mean gate", "skip", "bias", "missing")
 """Of the MLP's output, in this order in `Decomposition.shares`."""
@@ -64,9 +67,9 @@ class Predictions(NamedTuple):
         return cls(top.indices, top.values.exp(), F.pad(loss, (0, 1), value=math.nan), divergence)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Decomposition:
-    """What one layer makes of a prompt."""
+    """One layer's decomposition of the MLP's output on a prompt."""
 
     name: str
     """What it is called here."""
@@ -77,15 +80,15 @@ class Decomposition:
     n_parameters: int
     """Parameters of the layer."""
     kept: Bool[Tensor, " positions"]
-    """Where it stands in the MLP's place: not at tokens that its training excluded."""
+    """Where it replaces the MLP: not at tokens that its training excluded."""
     experts: Int[Tensor, "positions k"]
     """The experts with the largest share of y, by magnitude."""
     coefficients: Float[Tensor, "positions k"]
     """a_n; 0 where fewer than k experts are active."""
     expert_shares: Float[Tensor, "positions k"]
-    """<a_n c_n * v, y> / ||y||^2."""
+    """<a_n u_n, y> / ||y||^2, with a_n u_n the expert's contribution."""
     norms: Float[Tensor, "positions k"]
-    """||a_n c_n * v||."""
+    """||a_n u_n||."""
     n_active: Int[Tensor, " positions"]
     """Active experts."""
     shares: Float[Tensor, "positions parts"]
@@ -100,7 +103,7 @@ class Decomposition:
     """With the dense part alone in its place."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison(Tabular):
     """What `compare` found."""
 
@@ -121,7 +124,7 @@ class Comparison(Tabular):
     layers: list[Decomposition]
     """In the order given."""
     n_mean_tokens: int | None
-    """Tokens of the text over which the mean gate was taken; None: the prompt's own."""
+    """Tokens of the text over which the experts' mean was taken; None: the prompt's own."""
 
     @property
     def title(self) -> str:
@@ -168,17 +171,18 @@ class Comparison(Tabular):
 
 
 @torch.no_grad()
+@model_first
 def compare(
     model: Any,
     layers: Mapping[str, SAE[Any]],
     prompt: str | Int[Tensor, " positions"],
-    text: Int[Tensor, "sequences positions"] | None = None,
+    text: Text | None = None,
     k: int = 5,
     n_predictions: int = 5,
     batch_size: int = 8,
     progress: bool = True,
 ) -> Comparison:
-    """Takes one MLP apart on one prompt with several layers.
+    """Decompose one MLP on one prompt with several layers.
 
         comparison = compare(model, {"MxD": mxd, "transcoder": transcoder}, "The capital of France is")
         write_comparison_page("comparison.html", comparison)
@@ -190,9 +194,9 @@ def compare(
         model: any hooked model.
         layers: the layers by name, all of the same MLP.
         prompt: text, which gets a BOS as the model's `to_tokens` gives one, or token ids.
-        text: token ids, one sequence a row, over which the mean gate is taken. None: the prompt itself, which
-            flatters the dense part where the prompt is short.
-        k: experts a token, the ones with the largest share of the MLP's output by magnitude.
+        text: a string, strings, or token ids over which the experts' mean is taken. None: the prompt itself,
+            which flatters the dense part where the prompt is short.
+        k: experts per token, the ones with the largest share of the MLP's output by magnitude.
         n_predictions: next tokens at each position.
         batch_size: sequences of the text in a forward pass.
         progress: whether to show progress bars.
@@ -206,38 +210,42 @@ def compare(
         raise ValueError(f"k and n_predictions must be positive, got {k} and {n_predictions}.")
     hook_name_out = _one_mlp(model, layers)
     tokens = one_prompt(model, prompt)
-    run = Run(model, tokens[None])
-    at = {name: run.at(Place.of(sae, model, run.tokens)) for name, sae in layers.items()}
-    first = next(iter(at.values()))
+    forward = Forward(model, batch_of(tokens[None]))
+    targets = {name: Target.of(model, sae) for name, sae in layers.items()}
+    if not all(forward.counted(target).any() for target in targets.values()):
+        raise ValueError("There are no tokens to compare on: all of the prompt are excluded special tokens.")
+    first = next(iter(targets.values()))
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     with tqdm(total=2 + 2 * len(layers), desc="Comparing", disable=not progress) as bar:
 
-        def logits(at: RunAt, replacement: Replacement) -> Float[Tensor, "positions vocabulary"]:
+        def logits(target: Target, replacement: Replacement) -> Float[Tensor, "positions vocabulary"]:
             bar.update()
-            return run.logits(at.hooks(replacement))[0]
+            return forward.replaced(target, replacement)[0]
 
         def predictions(logits: Float[Tensor, "positions vocabulary"]) -> Predictions:
             return Predictions.of(logits, tokens, unmodified, n_predictions)
 
-        unmodified = run.logits(
+        unmodified = forward.logits(
             hook
-            for name, there in at.items()
-            for hook in paired_hooks(there.place.hook_name, there.place.hook_name_out, _recorder(seen, name))
+            for name, target in targets.items()
+            for hook in paired_hooks(target.hook_name, target.hook_name_out, _recorder(seen, name))
         )[0]
         bar.update()
-        zero = predictions(logits(first, lambda _x, y: torch.zeros_like(y)))
-        places = {name: there.place for name, there in at.items()}
-        means = None if text is None else _mean_gates(layers, places, model, text, batch_size, progress)
+        zero_ablated = predictions(logits(first, zero))
+        sequences = None if text is None else token_sequences_of(model, next(iter(layers.values())), text)
+        means = None if sequences is None else _means(model, layers, sequences, batch_size, progress)
         decompositions = []
         for name, sae in layers.items():
-            there, (x, y) = at[name], seen[name]
-            parts = take_apart(sae, x)
-            kept = there.kept[0].to(x.device)
+            target, (x, y) = targets[name], seen[name]
+            parts = decompose(sae, x)
+            kept = forward.counted(target)[0].to(x.device)
             mean = parts.mixture[kept].mean(0) if means is None else means[name]
-            replaced = predictions(logits(there, _itself(sae)))
-            dense = predictions(logits(there, _dense_part(sae, mean)))
+            replaced = predictions(logits(target, layer_output(sae, lambda parts: parts.y)))
+            dense = predictions(
+                logits(target, layer_output(sae, lambda parts, mean=mean: parts.with_mixture(mean)))
+            )
             decompositions.append(_decompose(name, sae, parts, y.double(), mean, kept, k, replaced, dense))
-    everywhere = [zero, Predictions.of(unmodified, tokens, unmodified, n_predictions)]
+    everywhere = [zero_ablated, Predictions.of(unmodified, tokens, unmodified, n_predictions)]
     everywhere += [p for d in decompositions for p in (d.replaced, d.mean_gate)]
     predicted = torch.cat([p.tokens.flatten() for p in everywhere]).unique().tolist()
     return Comparison(
@@ -247,9 +255,9 @@ def compare(
         vocabulary={t: vocabulary_text(model.tokenizer, t) for t in predicted},
         output_norms=next(iter(seen.values()))[1].norm(dim=-1).cpu(),
         unmodified=everywhere[1],
-        zero_ablated=zero,
+        zero_ablated=zero_ablated,
         layers=decompositions,
-        n_mean_tokens=None if text is None else text.numel(),
+        n_mean_tokens=None if sequences is None else sum(map(len, sequences)),
     )
 
 
@@ -280,40 +288,19 @@ def _recorder(seen: dict[str, tuple[Tensor, Tensor]], name: str) -> Replacement:
     return record
 
 
-def _mean_gates(
-    layers: Mapping[str, SAE[Any]],
-    places: Mapping[str, Place],
-    model: Any,
-    text: Int[Tensor, "sequences positions"],
-    batch_size: int,
-    progress: bool,
-) -> dict[str, Float[Tensor, " d_out"]]:
-    """m by layer, the mean of C^T a over the tokens of a text that the layer's training did not exclude."""
-    means: dict[str, Tensor] = {}
-    # The model runs once for all layers that read the same.
-    for read in {(place.hook_name, place.excluded) for place in places.values()}:
-        alike = {n: sae for n, sae in layers.items() if read == (places[n].hook_name, places[n].excluded)}
-        sums = {name: torch.zeros_like(sae.b_dec, dtype=torch.float64) for name, sae in alike.items()}
-        n_tokens = 0
-        for x in kept_inputs(next(iter(alike.values())), model, text, batch_size, progress):
-            n_tokens += len(x)
-            for name, sae in alike.items():
-                sums[name] += take_apart(sae, x).mixture.double().sum(0)
-        if not n_tokens:
-            raise ValueError("The text for the mean gate has no tokens but special ones, which are excluded.")
-        means |= {name: (total / n_tokens).to(alike[name].b_dec) for name, total in sums.items()}
-    return means
-
-
-def _itself(sae: SAE[Any]) -> Replacement:
-    return lambda x, _y: sae(x)
-
-
-def _dense_part(sae: SAE[Any], mean: Float[Tensor, " d_out"]) -> Replacement:
-    def dense(x: Tensor, y: Tensor) -> Tensor:
-        return take_apart(sae, x.flatten(0, -2)).dense(mean).view_as(y)
-
-    return dense
+def _means(
+    model: Any, layers: Mapping[str, SAE[Any]], text: Text, batch_size: int, progress: bool
+) -> dict[str, Float[Tensor, " m"]]:
+    """The mean mixture of each layer over the tokens of a text that its training did not exclude."""
+    sums: dict[str, Tensor] = {}
+    n_tokens = dict.fromkeys(layers, 0)
+    for readings in read(model, layers, text, batch_size, progress, "Reading means"):
+        for name, reading in readings.items():
+            sums[name] = sums.get(name, 0.0) + reading.parts.mixture.double().sum(0)
+            n_tokens[name] += len(reading.parts)
+    if not all(n_tokens.values()):
+        raise ValueError("The text for the mean has no tokens but special ones, which are excluded.")
+    return {name: (total / n_tokens[name]).to(layers[name].b_dec) for name, total in sums.items()}
 
 
 def _decompose(
@@ -328,12 +315,12 @@ def _decompose(
     mean_gate: Predictions,
 ) -> Decomposition:
     squared = y.pow(2).sum(-1)
-    y_hat = (parts.output + parts.bias).to(y)
-    dense = parts.dense(mean).to(y)
+    y_hat = parts.y.to(y)
+    dense = parts.with_mixture(mean).to(y)
     nothing = torch.zeros_like(y)
     pieces = {
         "experts": y_hat - dense,
-        "mean gate": mean * parts.decoder_out + nothing,
+        "mean gate": parts.experts_out(mean) + nothing,
         "skip": nothing if parts.skip is None else parts.skip,
         "bias": parts.bias + nothing,
         "missing": y - y_hat,

@@ -1,17 +1,18 @@
 """What one expert does for the predictions on a sequence: the model with the layer, with and without it."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from sae_lens import SAE
 from torch import Tensor
-from torch.nn import functional as F
 
-from mxd_lens.analysis.decomposition import Parts, kept_tokens, layer_input, take_apart
-from mxd_lens.hooks.replace import paired_hooks
-from mxd_lens.hooks.site import hook_names
+from mxd_lens.analysis.decomposition import Parts, decompose
+from mxd_lens.analysis.firings import layer_input
+from mxd_lens.analysis.sequences import batch_of, counted_tokens
+from mxd_lens.evals.harness import Forward, Target, layer_output
+from mxd_lens.hooks.replace import Replacement
+from mxd_lens.models import model_first
 
 Losses = Float[Tensor, "sequences positions"]
 
@@ -22,51 +23,52 @@ class Written(NamedTuple):
     coefficients: Float[Tensor, "sequences positions"]
     """a_n; 0 at the tokens left to the MLP."""
     norms: Float[Tensor, "sequences positions"]
-    """||a_n c_n * v||."""
+    """||a_n u_n||."""
     inputs: Float[Tensor, "sequences positions d_in"]
     """The layer's input."""
 
 
+@model_first
 def written_by(
-    sae: SAE[Any],
     model: Any,
+    sae: SAE[Any],
     tokens: Int[Tensor, "sequences positions"],
     experts: Int[Tensor, " sequences"],
 ) -> Written:
-    """What an expert a sequence writes on it; the model runs up to the layer and no further.
+    """What one expert per sequence writes on it; the model runs up to the layer and no further.
 
     Raises:
-        ValueError: as `layer_input` and `take_apart`.
+        ValueError: as `layer_input` and `decompose`.
     """
-    x = layer_input(sae, model, tokens)
-    kept = kept_tokens(sae, model, tokens)
-    return _written(x, take_apart(sae, x.flatten(0, 1)), kept, experts)[0]
+    x = layer_input(model, sae, tokens)
+    counted = counted_tokens(model, sae, tokens)
+    return _written(x, decompose(sae, x.flatten(0, 1)), counted, experts)[0]
 
 
-@torch.no_grad()
-def losses_with(sae: SAE[Any], model: Any, tokens: Int[Tensor, "sequences positions"]) -> Losses:
+@model_first
+def losses_with(model: Any, sae: SAE[Any], tokens: Int[Tensor, "sequences positions"]) -> Losses:
     """The cross-entropy of each prediction, with the layer in the MLP's place; else as `losses_without`."""
-    kept = kept_tokens(sae, model, tokens)
-    return _losses(sae, model, tokens, kept, lambda _x, parts: parts.output + parts.bias)
+    return _losses(model, sae, tokens, layer_output(sae, lambda parts: parts.y))
 
 
-@torch.no_grad()
+@model_first
 def losses_without(
-    sae: SAE[Any],
     model: Any,
+    sae: SAE[Any],
     tokens: Int[Tensor, "sequences positions"],
     experts: Int[Tensor, " sequences"],
 ) -> tuple[Losses, Written]:
-    """The cross-entropy of each prediction, the layer in the MLP's place, an expert a sequence left out.
+    """The cross-entropy of each prediction, with the layer in the MLP's place and one expert per sequence
+    left out.
 
-        y - a_n c_n * v        at every token of the sequence; no other expert takes the place of n
+        y - a_n u_n        at every token of the sequence; no other expert takes the place of n
 
     Tokens that the layer's training excluded are left to the MLP, as in `evaluate`.
 
     Args:
-        sae: the layer. It must not be attached.
         model: any hooked model. It runs as a whole: hooked models have no way in common to run their upper
             part alone.
+        sae: the layer. It must not be attached.
         tokens: ids. What follows a token changes nothing about it, so that sequences may be cut behind the
             last prediction of interest.
         experts: which expert is left out of each sequence.
@@ -76,49 +78,37 @@ def losses_without(
         experts wrote.
 
     Raises:
-        ValueError: the layer does not belong to the model; or as `take_apart`.
+        ValueError: the layer does not belong to the model; or as `decompose`.
     """
-    kept = kept_tokens(sae, model, tokens)
+    counted = counted_tokens(model, sae, tokens)
     found: list[Written] = []
 
-    def without(x: Tensor, parts: Parts) -> Tensor:
-        written, contribution = _written(x, parts, kept, experts)
+    def without(x: Tensor, _y: Tensor) -> Tensor:
+        parts = decompose(sae, x.flatten(0, 1))
+        written, contribution = _written(x, parts, counted, experts)
         found.append(written)
-        return parts.output + parts.bias - contribution
+        return (parts.y - contribution).view(*x.shape[:-1], -1)
 
-    return _losses(sae, model, tokens, kept, without), found[0]
+    return _losses(model, sae, tokens, without), found[0]
 
 
+@torch.no_grad()
 def _losses(
-    sae: SAE[Any],
-    model: Any,
-    tokens: Int[Tensor, "sequences positions"],
-    kept: Bool[Tensor, "sequences positions"],
-    output: Callable[[Tensor, Parts], Tensor],
+    model: Any, sae: SAE[Any], tokens: Int[Tensor, "sequences positions"], replacement: Replacement
 ) -> Losses:
-    """With output(x, its parts) in the MLP's place at the kept tokens."""
-
-    def replace(x: Tensor, y: Tensor) -> Tensor:
-        y_hat = output(x, take_apart(sae, x.flatten(0, 1))).view(y.shape)
-        return torch.where(kept.unsqueeze(-1).to(y.device), y_hat.to(y), y)
-
-    hooks = paired_hooks(*hook_names(sae), replace)
-    logits = model.run_with_hooks(tokens.to(model.cfg.device), fwd_hooks=hooks)
-    losses = [
-        F.cross_entropy(of_sequence[:-1].float(), ids[1:], reduction="none")
-        for of_sequence, ids in zip(logits, tokens.to(logits.device), strict=True)
-    ]
-    return F.pad(torch.stack(losses), (0, 1), value=torch.nan)
+    forward = Forward(model, batch_of(tokens))
+    return forward.losses(forward.replaced(Target.of(model, sae), replacement))
 
 
 def _written(
     x: Float[Tensor, "sequences positions d_in"],
     parts: Parts,
-    kept: Bool[Tensor, "sequences positions"],
+    counted: Bool[Tensor, "sequences positions"],
     experts: Int[Tensor, " sequences"],
 ) -> tuple[Written, Float[Tensor, "tokens d_out"]]:
     """What each sequence's expert does, and its contributions."""
-    n = experts.to(parts.experts.device).repeat_interleave(kept.shape[1])
-    a = (parts.coefficients * (parts.experts == n[:, None])).sum(-1) * kept.flatten().to(n.device)
-    contribution = a[:, None] * parts.directions[n] * parts.decoder_out
-    return Written(a.view(kept.shape), contribution.norm(dim=-1).view(kept.shape), x), contribution
+    n = experts.to(parts.experts.device).repeat_interleave(counted.shape[1])
+    a = (parts.coefficients * (parts.experts == n[:, None])).sum(-1) * counted.flatten().to(n.device)
+    tokens = torch.arange(len(n), device=n.device)
+    contribution = a[:, None] * parts.written_by(tokens, n)
+    return Written(a.view(counted.shape), contribution.norm(dim=-1).view(counted.shape), x), contribution

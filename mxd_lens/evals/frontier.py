@@ -193,14 +193,14 @@ class Frontier(Tabular):
                     f"{report.normalized_mse:.3f}",
                     f"{report.feature_share:.2f}",
                     f"{report.ce_loss_replaced - report.ce_loss:.4f}",
-                    f"{report.dead_fraction:.0%}",
+                    f"{report.silent_fraction:.0%}",
                 ]
                 for point in points
                 if (report := point.reports.get(text))
             ]
             columns = ["block", "K", "architecture", "parameters", "normalised MSE", "feature share"]
             title = f"Sparsity-accuracy frontier of {self.settings['model_name']} on {text}"
-            tables.append(Table([*columns, "added nats", "dead"], rows, title))
+            tables.append(Table([*columns, "added nats", "silent"], rows, title))
         failed: list[list[Cell]] = [[p.layer, p.k, p.architecture, p.failure] for p in points if p.failure]
         if failed or not tables:
             tables.append(Table(["block", "K", "architecture", "failure"], failed, "Runs that failed"))
@@ -417,7 +417,7 @@ def _judge(
         saes[point.name] = sae
     if not saes:
         return
-    reports = {text: evaluate_all(saes, model, tokens) for text, tokens in held_out.items()}
+    reports = {text: evaluate_all(model, saes, tokens) for text, tokens in held_out.items()}
     for point in points:
         if point.name in saes:
             point.failure = None

@@ -26,8 +26,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from mxd_lens.analysis.decomposition import kept_inputs, take_apart
+from mxd_lens.analysis.firings import Firings, read
+from mxd_lens.analysis.sequences import Text
 from mxd_lens.analysis.statistics import ExpertStatistics
+from mxd_lens.models import model_first
 
 EXACT = 4096
 """Up to this many experts the best matching is found; beyond it a greedy one, from the most similar on."""
@@ -44,10 +46,8 @@ class Usage(NamedTuple):
 
     statistics: ExpertStatistics
     """Their directions, and how often they fire."""
-    token_of: Int[Tensor, " fired"]
-    """The token, counted from 0, of every active expert on every token."""
-    expert: Int[Tensor, " fired"]
-    """Which expert."""
+    firings: Firings
+    """On which tokens."""
 
     @property
     def alive(self) -> Int[Tensor, " n"]:
@@ -67,39 +67,28 @@ class Usage(NamedTuple):
             shift: how many tokens later it is said to fire; what goes over the end comes back.
         """
         n_tokens, alive = self.statistics.n_tokens, self.alive
-        row = torch.full_like(self.statistics.fired, -1)
-        row[alive] = torch.arange(len(alive), device=alive.device)
-        rows = row[self.expert]
-        at = torch.stack([rows[rows >= 0], (self.token_of[rows >= 0] + shift) % n_tokens])
+        of_alive = self.firings.of_experts(alive.cpu())
+        at = torch.stack([of_alive.expert, (of_alive.token_of + shift) % n_tokens]).to(alive.device)
         ones = torch.ones(at.shape[1], dtype=torch.float32, device=at.device)
         shape = (len(alive), n_tokens)
         return torch.sparse_coo_tensor(at, ones, shape, check_invariants=False).coalesce()
 
 
-@torch.no_grad()
-def read_usage(
-    sae: SAE[Any],
-    model: Any,
-    tokens: Int[Tensor, "sequences positions"],
-    batch_size: int = 8,
-    progress: bool = True,
-) -> Usage:
-    """How a layer's experts are used on a text.
+def read_usage(model: Any, sae: SAE[Any], tokens: Text, batch_size: int = 8, progress: bool = True) -> Usage:
+    """How a layer's experts are used on a text, and where they fire.
 
     Args:
-        sae, model, tokens, batch_size, progress: as for `expert_statistics`.
+        model, sae, tokens, batch_size, progress: as for `expert_statistics`.
 
     Raises:
-        ValueError: as `expert_statistics`.
+        ValueError, TypeError: as `expert_statistics`.
     """
     statistics = ExpertStatistics.of(sae)
-    fired: list[tuple[Tensor, Tensor]] = []
-    for x in kept_inputs(sae, model, tokens, batch_size, progress):
-        token_of, expert, _ = take_apart(sae, x).fired
-        fired.append((token_of + statistics.n_tokens, expert))
-        statistics.add(sae, x)
-    token_of, expert = (torch.cat(part) for part in zip(*fired, strict=True))
-    return Usage(statistics, token_of, expert)
+    found = []
+    for reading in read(model, {"": sae}, tokens, batch_size, progress):
+        found.append(reading[""].firings)
+        statistics.add_parts(reading[""].parts)
+    return Usage(statistics, Firings.join(found))
 
 
 class Similarities:
@@ -224,19 +213,20 @@ class Stability:
     """Share of the experts that both matchings, by decoder and by co-activation, give the same partner."""
 
 
+@model_first
 def stability(
-    layers: Mapping[str, SAE[Any]],
     model: Any,
-    tokens: Int[Tensor, "sequences positions"],
+    layers: Mapping[str, SAE[Any]],
+    tokens: Text,
     batch_size: int = 8,
     exact: int = EXACT,
     progress: bool = True,
 ) -> list[Stability]:
-    """Compares the experts of layers that were trained alike from several seeds, every pair of them.
+    """Compare the experts of layers that were trained alike from several seeds, every pair of them.
 
     Args:
-        layers: the layers by name; two or more, of one MLP.
         model, tokens, batch_size, progress: as for `evaluate`. Co-activation wants some ten thousand tokens.
+        layers: the layers by name; two or more, of one MLP.
         exact: up to how many experts the best matching is found, in time that grows as their cube.
 
     Returns:
@@ -254,7 +244,7 @@ def stability(
     }
     if len(places) > 1:
         raise ValueError(f"Only layers of one MLP have experts in common; these are of {sorted(places)}.")
-    usages = {name: read_usage(sae, model, tokens, batch_size, progress) for name, sae in layers.items()}
+    usages = {name: read_usage(model, sae, tokens, batch_size, progress) for name, sae in layers.items()}
     pairs = list(combinations(usages.values(), 2))
     results: dict[str, list[dict[str, float]]] = {by: [] for by in SIMILARITIES}
     for one, other in tqdm(pairs, desc="Matching experts", disable=not progress):

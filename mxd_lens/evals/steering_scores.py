@@ -17,11 +17,12 @@ from sae_lens import SAE
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mxd_lens.analysis.decomposition import expert_ids, take_apart
+from mxd_lens.analysis.decomposition import ENTRIES, decompose
+from mxd_lens.architectures.base import expert_ids
 from mxd_lens.artifacts.tables import Cell, Tabular
 from mxd_lens.evals.judges import Judge, LocalJudge
 from mxd_lens.evals.steering import Sampling, compare, measure, perplexity, written
-from mxd_lens.hooks.steer import Mode, expert_id
+from mxd_lens.hooks.steer import Mode
 from mxd_lens.training.runner import then_and_now, write_json
 
 SCORES_FILENAME = "steering_scores.json"
@@ -189,15 +190,16 @@ def matched_coefficient(
         ValueError: no expert is active at these tokens, or their directions have no length.
         IndexError: there is no such expert.
     """
-    parts = take_apart(sae, x)
+    parts = decompose(sae, x)
     chosen = parts.fired[1].unique() if experts is None else expert_ids(sae, experts)
     if not len(chosen):
         raise ValueError(f"no expert is active at any of these {len(x)} tokens.")
-    # |c_n * v_t|^2 = sum_i c_ni^2 v_ti^2
-    lengths = (
-        parts.directions[chosen].square() @ parts.decoder_out.square().expand(-1, sae.W_dec.shape[1]).T
-    ).sqrt()
-    length = lengths.median().item()
+    pairs = torch.cartesian_prod(torch.arange(len(x), device=chosen.device), chosen)
+    length = (
+        torch.cat([parts.written_by(*block.unbind(1)).norm(dim=-1) for block in pairs.split(ENTRIES)])
+        .median()
+        .item()
+    )
     if not length:
         raise ValueError("more than half of these directions have no length.")
     output = parts.output
@@ -208,7 +210,7 @@ def _chosen(name: str, sae: SAE[Any], experts: int | Mapping[str, Sequence[int]]
     if isinstance(experts, Mapping):
         if name not in experts:
             raise ValueError(f"experts names none for {name}; it has {', '.join(experts)}.")
-        return list(dict.fromkeys(expert_id(sae, n) for n in experts[name]))
+        return list(dict.fromkeys(expert_ids(sae, experts[name]).tolist()))
     if experts < 1:
         raise ValueError(f"experts must be at least 1, or a mapping, got {experts}.")
     generator = torch.Generator().manual_seed(seed)

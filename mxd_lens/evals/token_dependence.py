@@ -21,10 +21,10 @@ import torch
 from jaxtyping import Float, Int
 from sae_lens import SAE
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from mxd_lens.analysis.decomposition import input_hook, layer_input, take_apart
-from mxd_lens.evals.faithfulness import Place
+from mxd_lens.analysis.firings import Firings, read
+from mxd_lens.analysis.sequences import Text
+from mxd_lens.models import model_first
 
 LOOKUP = 0.9
 """Experts that the token determines this far are called token lookups."""
@@ -42,89 +42,50 @@ Phi = Callable[[Float[Tensor, "*n"]], Float[Tensor, "*n"]]
 # What fires where
 
 
-class Firings(NamedTuple):
-    """Which experts of a layer are active on the tokens of a text; special tokens are left out."""
+class StrongestFirings(NamedTuple):
+    """Which experts fire on a text, and which of them writes most at each token."""
 
-    n_experts: int
-    """Experts there are."""
-    token_of: Int[Tensor, " fired"]
-    """The token, counted from 0, of every active expert on every token."""
-    expert: Int[Tensor, " fired"]
-    """Which expert."""
+    firings: Firings
+    """Of the layer on the text."""
     strongest: Int[Tensor, " tokens"]
     """The expert that writes most at each token, by the norm of what it writes."""
-    token: Int[Tensor, " tokens"]
-    """The tokens' ids."""
-    previous: Int[Tensor, " tokens"]
-    """The ids of the tokens before them, special ones included; -1 at the start of a sequence."""
-    position: Int[Tensor, " tokens"]
-    """Their places in their sequences, from 0."""
-
-    @property
-    def n_tokens(self) -> int:
-        return len(self.token)
-
-    @property
-    def counts(self) -> Int[Tensor, " n_experts"]:
-        """On how many tokens each expert fires."""
-        return torch.bincount(self.expert, minlength=self.n_experts)
 
     @property
     def variables(self) -> dict[str, Int[Tensor, " tokens"]]:
         """What may determine the experts, by name, each as numbers from 0."""
-        pair = (self.previous + 1) * (int(self.token.max()) + 1) + self.token
-        ids = {"token": self.token, "previous token": self.previous, "both": pair, "position": self.position}
+        f = self.firings
+        pair = (f.previous + 1) * (int(f.token.max()) + 1) + f.token
+        ids = {"token": f.token, "previous token": f.previous, "both": pair, "position": f.position}
         return {name: values.unique(return_inverse=True)[1] for name, values in ids.items()}
 
 
-@torch.no_grad()
+@model_first
 def read_firings(
-    saes: Mapping[str, SAE[Any]],
     model: Any,
-    tokens: Int[Tensor, "sequences positions"],
+    saes: Mapping[str, SAE[Any]],
+    text: Text,
     batch_size: int = 8,
     progress: bool = True,
-) -> dict[str, Firings]:
-    """Which experts of several layers are active on a text.
-
-    The model runs up to each MLP once a batch, however many layers belong there.
+) -> dict[str, StrongestFirings]:
+    """Which experts of several layers are active on a text, and which write most.
 
     Args:
+        model, text, batch_size, progress: as for `evaluate`. Memory grows with the tokens times the active
+            experts of each.
         saes: the layers by name.
-        model, tokens, batch_size, progress: as for `evaluate`. Memory grows with the tokens times the
-            active experts of each.
 
     Raises:
-        ValueError: a layer does not belong to the model, or there are no tokens that its training kept.
+        ValueError, TypeError: as `evaluate`.
     """
-    places = {name: Place.of(sae, model, tokens) for name, sae in saes.items()}
-    found: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in saes}
-    n_tokens = dict.fromkeys(saes, 0)
-    for batch in tqdm(tokens.split(batch_size), desc="Reading experts", disable=not progress):
-        inputs: dict[str, Tensor] = {}
-        previous = torch.cat([torch.full_like(batch[:, :1], -1), batch[:, :-1]], dim=1)
-        position = torch.arange(batch.shape[1], device=batch.device).expand_as(batch)
-        for name, sae in saes.items():
-            hook = input_hook(sae, model)
-            if hook not in inputs:
-                inputs[hook] = layer_input(sae, model, batch)
-            kept = places[name].kept(batch)
-            parts = take_apart(sae, inputs[hook][kept.to(inputs[hook].device)])
-            token_of, expert, _ = parts.fired
-            strongest = parts.experts.gather(1, parts.norms().argmax(-1, keepdim=True))[:, 0]
-            found[name].append(
-                (
-                    token_of.cpu() + n_tokens[name],
-                    expert.cpu(),
-                    strongest.cpu(),
-                    *(ids[kept].cpu() for ids in (batch, previous, position)),
-                )
-            )
-            n_tokens[name] += len(strongest)
-    return {
-        name: Firings(sae.cfg.d_sae, *(torch.cat(part) for part in zip(*found[name], strict=True)))
-        for name, sae in saes.items()
-    }
+    found: dict[str, list[Firings]] = {name: [] for name in saes}
+    strongest: dict[str, list[Tensor]] = {name: [] for name in saes}
+    for readings in read(model, saes, text, batch_size, progress):
+        for name, reading in readings.items():
+            parts = reading.parts
+            found[name].append(reading.firings)
+            most = parts.norms().argmax(-1, keepdim=True)
+            strongest[name].append(parts.experts.gather(1, most)[:, 0].cpu())
+    return {name: StrongestFirings(Firings.join(found[name]), torch.cat(strongest[name])) for name in saes}
 
 
 # Information
@@ -249,7 +210,7 @@ class Dependence:
     variable: str
     """token; previous token; both; position in the sequence."""
     firing: float
-    """Of the information in which experts fire, over the judged experts together."""
+    """Of the information in which experts fire, over the measured experts together."""
     firing_shuffled: float
     """The same with the variable's values dealt out anew over the tokens: 0, but for one draw's noise."""
     firing_median: float
@@ -259,7 +220,7 @@ class Dependence:
     strongest_bits: float
     """That information, I - I_0, in bits a token."""
     lookups: float
-    """Share of the judged experts that the variable determines to 90 % or more."""
+    """Share of the measured experts that the variable determines to 90 % or more."""
     histogram: list[int]
     """How many experts have what share, in bins of 5 %; shares below 0 are in the first."""
 
@@ -283,7 +244,7 @@ class TokenInformation:
 
     n_tokens: int
     n_judged: int
-    """Experts judged: those that fire on at least `min_fired` tokens, and not on all but as many."""
+    """Experts measured: those that fire on at least `min_fired` tokens, and not on all but as many."""
     n_always_on: int
     """Experts that fire on 90 % of the tokens or more."""
     strongest_entropy: float
@@ -301,21 +262,22 @@ class TokenInformation:
 
 
 def token_information(
-    firings: Firings, decode: Callable[[int], str], min_fired: int = 10
+    found: StrongestFirings, decode: Callable[[int], str], min_fired: int = 10
 ) -> TokenInformation:
     """How far the token, and what stands before it, determines which experts are active.
 
     Args:
-        firings: from `read_firings`. Some ten thousand tokens are needed; fewer give the same numbers on
+        found: from `read_firings`. Some ten thousand tokens are needed; fewer give the same numbers on
             average, with more noise.
         decode: the text of a token id, for the examples.
-        min_fired: experts that fire on fewer tokens, or on all but fewer, are not judged.
+        min_fired: experts that fire on fewer tokens, or on all but fewer, are not measured.
 
     Raises:
         ValueError: min_fired is not positive, or there are no tokens.
     """
     if min_fired < 1:
         raise ValueError(f"min_fired must be at least 1, got {min_fired}.")
+    firings = found.firings
     if not firings.n_tokens:
         raise ValueError("There are no tokens to learn from.")
     counts, n_tokens = firings.counts, firings.n_tokens
@@ -323,10 +285,10 @@ def token_information(
     order = torch.randperm(n_tokens, generator=torch.Generator().manual_seed(0))
     dependences = []
     shares: dict[str, Tensor] = {}
-    for name, x in firings.variables.items():
+    for name, x in found.variables.items():
         by_expert = firing_information(firings, x, judged)
         shares[name] = share = by_expert.share
-        strongest = label_information(firings.strongest, x)
+        strongest = label_information(found.strongest, x)
         learnt = share[~share.isnan()]
         dependences.append(
             Dependence(
@@ -353,7 +315,7 @@ def token_information(
         n_tokens=n_tokens,
         n_judged=len(judged),
         n_always_on=int((counts >= 0.9 * n_tokens).sum()),
-        strongest_entropy=label_information(firings.strongest, firings.token).entropy.item(),
+        strongest_entropy=label_information(found.strongest, firings.token).entropy.item(),
         dependences=dependences,
         lookups=examples(by_token[:n]),
         contextual=examples(by_token.flip(0)[:n]),

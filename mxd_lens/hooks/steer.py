@@ -7,7 +7,6 @@ away, so that `run_with_hooks` and `run_with_cache` inside a with block see the 
 """
 
 import math
-import operator
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from sae_lens import SAE
 from torch import Tensor
 from typing_extensions import Self
 
+from mxd_lens.architectures.base import expert_ids
 from mxd_lens.hooks.positions import Pass, Positions, Where
 from mxd_lens.hooks.replace import Replaced
 from mxd_lens.hooks.site import check_fits, hook_names
@@ -112,8 +112,7 @@ def ablate(
     Raises:
         ValueError, IndexError, TypeError: as `steer`; ValueError also if there are no means.
     """
-    ids = experts.tolist() if isinstance(experts, Tensor) else experts
-    ids = [expert_id(sae, n) for n in (ids if isinstance(ids, Sequence) else [ids])]
+    ids = expert_ids(sae, experts).tolist()
     if with_ == "zero":
         values: dict[int, Coefficient] = dict.fromkeys(ids, 0.0)
     elif with_ == "mean":
@@ -141,19 +140,6 @@ def mean_coefficients(
     return {n: float(known[n]) for n in experts}
 
 
-def expert_id(sae: SAE[Any], n: Any) -> int:
-    """n, if there is such an expert."""
-    if isinstance(n, bool):
-        raise TypeError(f"an expert is named by an integer, got {n!r}.")
-    try:
-        index = operator.index(n)
-    except TypeError:
-        raise TypeError(f"an expert is named by an integer, got {n!r}.") from None
-    if not 0 <= index < sae.cfg.d_sae:
-        raise IndexError(f"expert {index} does not exist: there are {sae.cfg.d_sae}, from 0.")
-    return index
-
-
 @dataclass(frozen=True)
 class Edit:
     """What happens to the coefficients of some experts."""
@@ -170,7 +156,7 @@ class Edit:
         for n, v in experts.items():
             if not isinstance(v, Tensor) and not math.isfinite(v):
                 raise ValueError(f"the coefficient of expert {n} must be finite, got {v!r}.")
-        return cls([expert_id(sae, n) for n in experts], list(experts.values()), mode)
+        return cls(expert_ids(sae, list(experts)).tolist(), list(experts.values()), mode)
 
     def values(self, now: Pass, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch n"]:
         """The coefficients v at the positions of a forward pass."""

@@ -41,9 +41,13 @@ MEASURES = {
     "feature_share": "feature share: (mean gate - the layer) / mean gate, of the normalised MSE",
     "ce_loss_recovered": "cross-entropy recovered, of what zero ablation costs",
     "kl_divergence": "KL divergence from the unmodified model, nats",
+    "kl_divergence_zero_ablated": "KL divergence of the zero-ablated model, nats",
     "l0": "active experts per token",
-    "dead_fraction": "share of experts that fired on none of the tokens",
+    "silent_fraction": "share of experts that fired on none of the tokens",
 }
+
+LATER = {"kl_divergence_zero_ablated"}
+"""Numbers that reports of earlier versions lack."""
 
 MOSTLY_EXPERTS = 0.6
 """The feature share from which on a layer's experts can be said to do most of its work."""
@@ -219,7 +223,10 @@ def report_section(sae: PairedTranscoder, text: str, report: Report) -> str:
         "Mean gate: the same layer, its experts' part a @ W_dec replaced by its mean over the tokens. "
         "Shuffled gate: by that of another token of the same text.",
         what_it_means(sae, found),
-        table(("", ""), [(plain(what), *numbers(found, name)) for name, what in MEASURES.items()]),
+        table(
+            ("", ""),
+            [(plain(what), *numbers(found, name)) for name, what in MEASURES.items() if name in found],
+        ),
     ]
     if largest:
         parts += ["The tokens with the largest outputs, which decide the variance:", largest]
@@ -228,11 +235,13 @@ def report_section(sae: PairedTranscoder, text: str, report: Report) -> str:
 
 def report_numbers(report: Report) -> Mapping[str, Any]:
     """A report as a mapping. Raises ValueError where it is none."""
-    found = report if isinstance(report, Mapping) else report.to_dict()
+    found = dict(report if isinstance(report, Mapping) else report.to_dict())
+    if "dead_fraction" in found:  # its name until version 0.1
+        found["silent_fraction"] = found.pop("dead_fraction")
     needed = [
         *("normalized_mse", "normalized_mse_mean_gate", "normalized_mse_shuffled_gate", "n_tokens"),
         *("ce_loss", "ce_loss_replaced", "ce_loss_zero_ablated", "ce_loss_mean_gate"),
-        *("ce_loss_shuffled_gate", *MEASURES),
+        *("ce_loss_shuffled_gate", *(name for name in MEASURES if name not in LATER)),
     ]
     if missing := [name for name in needed if not isinstance(found.get(name), int | float)]:
         raise ValueError(

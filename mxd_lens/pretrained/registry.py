@@ -57,6 +57,8 @@ class PretrainedLayer:
 class PretrainedLayers(Tabular, list[PretrainedLayer]):
     """Layers, which print as a table."""
 
+    __repr__ = list.__repr__
+
     @property
     def tables(self) -> list[Table]:
         """Where the layers are from, how large they are, and how well they do."""

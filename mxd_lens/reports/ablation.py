@@ -17,10 +17,10 @@ from mxd_lens.artifacts.page import (
     write_png,
 )
 from mxd_lens.artifacts.tables import Cell, Table, percent
-from mxd_lens.evals.ablation import CarryReport
+from mxd_lens.evals.ablation import AblationReport
 from mxd_lens.evals.token_dependence import BINS
 
-Reports = Mapping[str, CarryReport]
+Reports = Mapping[str, AblationReport]
 
 NONE_AT = 0.5
 """Where 0 experts stand on a logarithmic axis."""
@@ -106,10 +106,10 @@ def write_carry_png(path: str | Path, reports: Reports) -> list[Path]:
     return [write_png(path.with_name(f"{path.stem}-{name}.png"), fig) for name, fig in figures.items()]
 
 
-def verdict(report: CarryReport) -> str:
+def verdict(report: AblationReport) -> str:
     """What a report says, in three sentences."""
     r, token = report.faithfulness, report.information.of("token")
-    half = report.half_carried_by
+    half = report.half_explained_by
     strongest = "expert" if half == 1 else f"{half} experts"
     alone = (
         "Together they do no better than none."
@@ -118,10 +118,10 @@ def verdict(report: CarryReport) -> str:
         f"{r.l0:.3g} explain."
     )
     return (
-        f"The experts explain {percent(report.carried)} of the error that the best constant in their place "
-        f"leaves ({report.normalized_mse_best_constant_gate:.3f}). {alone} The token determines "
-        f"{percent(token.firing)} of which experts fire, and {percent(token.lookups)} of the experts are "
-        "token lookups."
+        f"The experts explain {percent(report.explained_by_experts)} of the error that the best constant "
+        f"in their place leaves ({report.normalized_mse_best_constant_gate:.3f}). {alone} The token "
+        f"determines {percent(token.firing)} of which experts fire, and {percent(token.lookups)} of the "
+        "experts are token lookups."
     )
 
 
@@ -129,7 +129,7 @@ def colours(reports: Reports) -> dict[str, str]:
     return colours_of({name: report.architecture for name, report in reports.items()})
 
 
-def replacements(report: CarryReport) -> dict[str, tuple[float, float]]:
+def replacements(report: AblationReport) -> dict[str, tuple[float, float]]:
     """Normalised MSE and added cross-entropy with each thing in the MLP's place."""
     r = report.faithfulness
     found = (
@@ -175,7 +175,7 @@ def errors(reports: Reports) -> Table:
     for name, report in reports.items():
         _, *others = replacements(report).values()
         numbers = (report.faithfulness.normalized_mse, *(error for error, _ in others[:3]))
-        rows.append([name, *(f"{error:.3f}" for error in numbers), percent(report.carried)])
+        rows.append([name, *(f"{error:.3f}" for error in numbers), percent(report.explained_by_experts)])
     columns = [
         "layer",
         "normalised MSE",
@@ -287,7 +287,7 @@ def dependences(reports: Reports) -> Table:
     return Table(["layer", "determined by", "firing", "by chance", "median expert", "lookups"], rows)
 
 
-def examples(name: str, report: CarryReport) -> list[Section]:
+def examples(name: str, report: AblationReport) -> list[Section]:
     """The experts that the token determines most and least."""
     information = report.information
     if not information.lookups:

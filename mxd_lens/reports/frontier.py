@@ -34,7 +34,7 @@ QUANTITIES: dict[str, Callable[[list[FaithfulnessReport]], str]] = {
     "Cross-entropy added, nats": lambda reports: (
         f"{mean(r.ce_loss_replaced - r.ce_loss for r in reports):.4f}"
     ),
-    "Experts that never fired": lambda reports: f"{mean(r.dead_fraction for r in reports):.0%}",
+    "Experts that never fired": lambda reports: f"{mean(r.silent_fraction for r in reports):.0%}",
 }
 """A table of the page each; means over seeds."""
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from layers import make_layer
 from sae_lens import logger
 from test_attach import MODELS
-from test_decomposition import make_layer
 from test_text import nltk_data  # noqa: F401
 
 from mxd_lens import MxD, TopKTranscoder, expert_statistics
@@ -87,7 +87,7 @@ def test_what_is_shown_is_what_encode_gives(kind, context, tiny_model, tokens, t
     before = {name: p.clone() for name, p in sae.named_parameters()}
     a = activations(sae, tiny_model, tokens)
     experts = busiest(a, 4)
-    pages = run_sae_dashboard(sae, tiny_model, tokens, experts, context=context, progress=False)
+    pages = run_sae_dashboard(tiny_model, sae, tokens, experts, context=context, progress=False)
     assert list(pages.data.feature_data_dict) == experts
     for n in experts:
         check_top(pages, n, a, context)
@@ -114,10 +114,10 @@ def test_the_norms_weight_is_in_the_logits(tiny_model, tokens):
     n = busiest(activations(sae, tiny_model, tokens), 1)
     with torch.no_grad():
         tiny_model.ln_final.w.mul_(3)
-    tripled = run_sae_dashboard(sae, tiny_model, tokens, n, progress=False)
+    tripled = run_sae_dashboard(tiny_model, sae, tokens, n, progress=False)
     with torch.no_grad():
         tiny_model.ln_final.w.div_(3)
-    plain = run_sae_dashboard(sae, tiny_model, tokens, n, progress=False)
+    plain = run_sae_dashboard(tiny_model, sae, tokens, n, progress=False)
     one, other = (
         pages.data.feature_data_dict[n[0]].logits_table_data.top_logits for pages in (tripled, plain)
     )
@@ -130,7 +130,7 @@ def test_any_hooked_model(kind, tiny_folder, tokens):
     model, sae = MODELS[kind](tiny_folder), make_layer("mxd, k", "float32")
     a = activations(sae, model, tokens)
     experts = busiest(a, 2)
-    pages = run_sae_dashboard(sae, model, tokens, experts, progress=False)
+    pages = run_sae_dashboard(model, sae, tokens, experts, progress=False)
     for n in experts:
         check_top(pages, n, a, 5)
     assert pages.data.model is model
@@ -144,7 +144,7 @@ def test_a_layer_that_is_attached(kind, tiny_model, tokens):
     a = activations(sae, tiny_model, tokens)
     (n,) = experts = busiest(a, 1)
     with tiny_model.saes(saes=[sae]):
-        check_top(run_sae_dashboard(sae, tiny_model, tokens, experts, progress=False), n, a, 5)
+        check_top(run_sae_dashboard(tiny_model, sae, tokens, experts, progress=False), n, a, 5)
 
 
 @needs_sae_dashboard
@@ -152,7 +152,7 @@ def test_neuronpedias_json(tiny_model, tokens, tmp_path):
     sae = make_layer("mxd, k", "float32")
     a = activations(sae, tiny_model, tokens)
     experts = busiest(a, 3)
-    pages = run_sae_dashboard(sae, tiny_model, tokens, experts, context=None, progress=False)
+    pages = run_sae_dashboard(tiny_model, sae, tokens, experts, context=None, progress=False)
     file = pages.write_neuronpedia(tmp_path / "np" / "batch-0.json", "mxd", "a & b")
     batch = json.loads(file.read_text(), parse_constant=pytest.fail)
     assert (batch["model_id"], batch["layer"], batch["sae_set"]) == (tiny_model.cfg.model_name, 1, "mxd")
@@ -172,7 +172,7 @@ def test_neuronpedias_json(tiny_model, tokens, tmp_path):
 @needs_sae_dashboard
 def test_neuronpedia_wants_whole_sequences_and_html_its_ending(tiny_model, tokens, tmp_path):
     sae = make_layer("topk_transcoder, k", "float32")
-    pages = run_sae_dashboard(sae, tiny_model, tokens, 3, progress=False)
+    pages = run_sae_dashboard(tiny_model, sae, tokens, 3, progress=False)
     with pytest.raises(ValueError, match="context=None"):
         pages.write_neuronpedia(tmp_path / "batch-0.json", "set")
     with pytest.raises(ValueError, match=r"\.html, got 'page'"):
@@ -185,7 +185,7 @@ def test_neuronpedia_wants_whole_sequences_and_html_its_ending(tiny_model, token
 def test_a_feature_that_never_fires_still_has_its_direction(kind, tiny_model, tokens, tmp_path):
     sae = make_layer(kind, "float32")
     sae.b_enc[3] = -1e6
-    pages = run_sae_dashboard(sae, tiny_model, tokens, [3, 4], context=None, progress=False)
+    pages = run_sae_dashboard(tiny_model, sae, tokens, [3, 4], context=None, progress=False)
     assert all(value == 0 for *_, value in shown(pages, 3))
     pages.write_html(tmp_path / "page.html")
     pages.write_neuronpedia(tmp_path / "batch-0.json", "set")
@@ -194,13 +194,13 @@ def test_a_feature_that_never_fires_still_has_its_direction(kind, tiny_model, to
 @needs_sae_dashboard
 def test_what_cannot_be_shown_is_said(tiny_model, tokens):
     sae = make_layer("mxd, k", "float32")
-    run = lambda *args, **more: run_sae_dashboard(sae, tiny_model, *args, progress=False, **more)  # noqa: E731
+    run = lambda *args, **more: run_sae_dashboard(tiny_model, sae, *args, progress=False, **more)  # noqa: E731
     sae.b_enc[[3, 5]] = -1e6
     with pytest.raises(
         ValueError, match=r"2 of these experts fire on none of the 690 tokens .* direction: 3, 5"
     ):
         run(tokens, [3, 4, 5])
-    other = expert_statistics(make_layer("mxd, relu", "float32"), tiny_model, tokens, progress=False)
+    other = expert_statistics(tiny_model, make_layer("mxd, relu", "float32"), tokens, progress=False)
     other.fingerprint = "of another"
     with pytest.raises(ValueError, match="statistics of another layer"):
         run(tokens, [4], statistics=other)
@@ -224,7 +224,7 @@ def test_what_cannot_be_shown_is_said(tiny_model, tokens):
 
 @needs_sae_dashboard
 def test_nothing_is_printed(tiny_model, tokens, capsys):
-    run_sae_dashboard(make_layer("mxd, k", "float32"), tiny_model, tokens, [35], progress=True)
+    run_sae_dashboard(tiny_model, make_layer("mxd, k", "float32"), tokens, [35], progress=True)
     printed = capsys.readouterr()
     assert printed.out == ""
     assert "Forward passes" in printed.err
@@ -238,7 +238,7 @@ def test_what_is_missing_is_named_with_the_command_that_installs_it(missing, tin
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(ModuleNotFoundError) as raised:
-        run_sae_dashboard(make_layer("mxd, k", "float32"), tiny_model, tokens, [3])
+        run_sae_dashboard(tiny_model, make_layer("mxd, k", "float32"), tokens, [3])
     assert INSTALL in str(raised.value)
     assert missing in str(raised.value)
 
@@ -391,7 +391,7 @@ def test_its_page_agrees_with_our_data(kind, context, excluded, tiny_model, dist
     with torch.no_grad():
         tiny_model.ln_final.w.copy_(torch.linspace(0.5, 2, 16))
     experts = busiest(activations(sae, tiny_model, tokens), 4)
-    pages = run_sae_dashboard(sae, tiny_model, tokens, experts, context=context, progress=False)
+    pages = run_sae_dashboard(tiny_model, sae, tokens, experts, context=context, progress=False)
     data, page = collect_all(sae, tiny_model, tokens, experts), read_page(pages, tmp_path)
     assert data.settings["n_tokens"] == tokens.numel() - excluded * (tokens == 1).sum()
     has_context = range(24) if context is None else range(context + 1, 24 - context)
@@ -431,7 +431,7 @@ def test_its_correlations_and_sums_leave_out_what_training_did(
     alive = (acts > 0).any(0).any(0).tolist()
     experts = [n for n, fires in zip(on_bos, alive, strict=True) if fires]
     acts = acts[..., alive].flatten(0, 1).T.double()
-    pages = run_sae_dashboard(sae, tiny_model, tokens, experts, progress=False)
+    pages = run_sae_dashboard(tiny_model, sae, tokens, experts, progress=False)
     data = collect_all(sae, tiny_model, tokens, experts)
     seen = pages.data.feature_stats
     assert len(experts) >= 3
@@ -465,11 +465,11 @@ def test_its_page_agrees_with_our_data_on_the_bundled_layers(layer_class, smollm
     sae = layer_class.from_pretrained(release, "blocks.11.mlp")
     tokens = token_sequences(smollm2, text, 48, 64)
     start = time.perf_counter()
-    statistics = expert_statistics(sae, smollm2, tokens, progress=False)
+    statistics = expert_statistics(smollm2, sae, tokens, progress=False)
     busy = (statistics.fired >= 2 * TOP).nonzero()[:, 0]
     experts = busy[torch.linspace(0, len(busy) - 1, 12).long()].tolist()
     settings = {"context": None, "statistics": statistics, "progress": False}
-    pages = run_sae_dashboard(sae, smollm2, tokens, experts, **settings)
+    pages = run_sae_dashboard(smollm2, sae, tokens, experts, **settings)
     theirs = time.perf_counter()
     cfg = CollectionConfig(n_per_band=1, loss_effects=False)
     data = collect_dashboard(sae, smollm2, tokens, experts, cfg=cfg, progress=False)
@@ -497,7 +497,7 @@ def test_the_bundled_layers(layer_class, smollm2, tmp_path):
     a = activations(sae, smollm2, tokens)
     experts = [n for n in busiest(a, 200)[20::60] if a[..., n].count_nonzero() > TOP]
     start = time.perf_counter()
-    pages = run_sae_dashboard(sae, smollm2, tokens, experts, progress=False)
+    pages = run_sae_dashboard(smollm2, sae, tokens, experts, progress=False)
     page = pages.write_html(tmp_path / "page.html")
     seconds = time.perf_counter() - start
     logger.info(

@@ -150,7 +150,7 @@ def test_the_model_is_as_it_was_afterwards(tiny_model, tokens):
 
 def test_the_mean_direction_of_an_experts_contributions(tiny_model, tokens):
     mxd = random_mxd(D_MODEL)
-    directions = expert_statistics(mxd, tiny_model, tokens, progress=False).mean_direction()
+    directions = expert_statistics(tiny_model, mxd, tokens, progress=False).mean_direction()
     with for_sae_bench(tiny_model, {"mxd": mxd}, directions={"mxd": directions}) as [(_, layer)]:
         y = tiny_model.run_with_cache(tokens)[1][HOOK_OUT]
         x = tiny_model.run_with_cache(tokens)[1][HOOK_IN]
@@ -215,7 +215,7 @@ def test_core_agrees_with_evaluate(kind, tiny_model, tokens):
 
     sae = LAYERS[kind]()
     sae.cfg.metadata.exclude_special_tokens = [BOS]
-    report = evaluate(sae, tiny_model, tokens, progress=False)
+    report = evaluate(tiny_model, sae, tokens, progress=False)
     settings = CoreEvalConfig(
         batch_size_prompts=len(tokens),
         n_eval_reconstruction_batches=1,
@@ -236,11 +236,11 @@ def test_core_agrees_with_evaluate(kind, tiny_model, tokens):
     assert performance["ce_loss_with_sae"] == pytest.approx(report.ce_loss_replaced, rel=1e-5)
     assert metrics["sparsity"]["l0"] == pytest.approx(report.l0)
     dead = sum(density == 0 for density in features["feature_density"]) / sae.cfg.d_sae
-    assert dead == pytest.approx(report.dead_fraction)
+    assert dead == pytest.approx(report.silent_fraction)
 
     # The zero ablation of core leaves no token out, and its divergence no position: judged without either.
     sae.cfg.metadata.exclude_special_tokens = False
-    report = evaluate(sae, tiny_model, tokens, progress=False)
+    report = evaluate(tiny_model, sae, tokens, progress=False)
     with for_sae_bench(tiny_model, {kind: sae}) as [(name, layer)]:
         load_and_format_sae(name, layer, "cpu")
         metrics, _ = core.run_evals(layer, Store(tokens), tiny_model, settings)
@@ -405,7 +405,7 @@ def test_absorption(spelling_model, tmp_path, monkeypatch):
         min_feats_for_eval=1,
     )
     tokens = spelling_model.to_tokens([" ".join(f"{a}{b}" for b in "abcdefghij") for a in "abcdefgh"])
-    directions = expert_statistics(mxd, spelling_model, tokens, progress=False).mean_direction()
+    directions = expert_statistics(spelling_model, mxd, tokens, progress=False).mean_direction()
     with for_sae_bench(spelling_model, {"mxd": mxd}, directions={"mxd": directions}) as selected:
         results = absorption.run_eval(config, selected, "cpu", str(tmp_path / "out"))
     (result,) = results.values()

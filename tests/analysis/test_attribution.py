@@ -5,10 +5,10 @@ from io import StringIO
 import pytest
 import torch
 from conftest import D_MODEL
+from layers import make_layer, skip_of, true_input, written_by
 from rich.console import Console
 from sae_lens.analysis.hooked_sae_transformer import add_hook_in_to_mlp
 from test_attach import MODELS, PROMPT
-from test_decomposition import make_layer, skip_of, true_input, written_by
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import AutoModelForCausalLM
 

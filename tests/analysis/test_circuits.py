@@ -4,10 +4,10 @@ from io import StringIO
 
 import pytest
 import torch
+from layers import make_layer
 from rich.console import Console
 from test_attach import MODELS, PROMPT
 from test_attribution import by_hand
-from test_decomposition import make_layer
 
 from mxd_lens import MxD, load_model
 from mxd_lens.analysis.circuits import Path, PathGraph, Vertex, strongest_paths

@@ -6,18 +6,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import D_MODEL, HOOK_OUT
+from layers import D_SAE, LAYERS, close, make_layer, skip_of, true_input, written_by
 from rich.console import Console
 from test_attach import MODELS
-from test_decomposition import D_SAE, LAYERS, close, make_layer, skip_of, true_input, written_by
 
 from mxd_lens import ExpertStatistics, MxD, SkipMxD, expert_statistics, load_model, logit_lens
+from mxd_lens.analysis.logit_lens import LogitLens, direction_logits, read_norm
 from mxd_lens.analysis.statistics import share_along, usage_figure
 from mxd_lens.analysis.weights import (
     coactive_experts,
-    direction_logits,
     mean_gate_share,
     nearest_neurons,
-    read_norm,
     similar_experts,
     spectrum,
 )
@@ -118,20 +117,20 @@ def test_statistics(tiny_model, layer, tokens):
     empty.add(layer, x)
     check(empty, layer, x, 1e-9)
     # Through the model, whose float32 sums depend on the batch.
-    statistics = expert_statistics(layer, tiny_model, tokens, batch_size=3, progress=False)
+    statistics = expert_statistics(tiny_model, layer, tokens, batch_size=3, progress=False)
     check(statistics, layer, x, 1e-4)
 
 
 @pytest.mark.parametrize("kind", ["mxd, k", "skip_mxd, relu", "topk_transcoder, k", "saelens topk"])
 def test_statistics_on_every_model(any_model, kind, tokens):
     sae = make_layer(kind)
-    statistics = expert_statistics(sae, any_model, tokens, watched=WATCHED, progress=False)
+    statistics = expert_statistics(any_model, sae, tokens, watched=WATCHED, progress=False)
     check(statistics, sae, kept(any_model, sae, tokens), 1e-4)
 
 
 def test_a_transcoders_mean_direction_is_its_feature(tiny_model, tokens):
     sae = make_layer("topk_skip_transcoder, k")
-    statistics = expert_statistics(sae, tiny_model, tokens, progress=False)
+    statistics = expert_statistics(tiny_model, sae, tokens, progress=False)
     on = statistics.fired > 0
     close(statistics.mean_direction()[on], sae.W_dec[on], 1e-9)
     close(statistics.consistency[on], torch.ones(int(on.sum()), dtype=torch.float64), 1e-9)
@@ -142,21 +141,23 @@ def test_share_along(tiny_model, tokens, kind):
     sae = make_layer(kind)
     x = kept(tiny_model, sae, tokens)
     expected = by_hand(sae, x)
-    share = share_along(sae, tiny_model, tokens, expected["direction"], batch_size=2, progress=False)
+    share = share_along(tiny_model, sae, tokens, expected["direction"], batch_size=2, progress=False)
     torch.testing.assert_close(share, expected["along"], rtol=1e-5, atol=1e-5, equal_nan=True)
     on = expected["fired"] > 0
     assert (share[on] <= 1 + 1e-9).all()
     if "mxd" not in kind:
         close(share[on], torch.ones(int(on.sum()), dtype=torch.float64), 1e-9)
-    with pytest.raises(ValueError, match=r"a direction an expert, \(40, 16\), got \(3, 16\)"):
-        share_along(sae, tiny_model, tokens, torch.zeros(3, 16))
+    with pytest.raises(ValueError, match=r"one direction per expert, \(40, 16\), got \(3, 16\)"):
+        share_along(tiny_model, sae, tokens, torch.zeros(3, 16))
 
 
-def test_dead_and_always_on_experts(tiny_model, rare, tokens):
-    statistics = expert_statistics(rare, tiny_model, tokens, progress=False)
-    dead = set(statistics.dead.tolist())
-    assert dead >= set(range(8))
-    assert all(statistics.fired[n] == 0 for n in dead)
+def test_silent_and_always_on_experts(tiny_model, rare, tokens):
+    statistics = expert_statistics(tiny_model, rare, tokens, progress=False)
+    silent = set(statistics.silent.tolist())
+    assert silent >= set(range(8))
+    assert all(statistics.fired[n] == 0 for n in silent)
+    with pytest.warns(DeprecationWarning, match="silent now"):
+        assert torch.equal(statistics.dead, statistics.silent)
     assert statistics.always_on().tolist() == [9]
     assert statistics.always_on(1.0).tolist() == [9]
     assert statistics.mean_direction(0).isnan().all()
@@ -165,18 +166,18 @@ def test_dead_and_always_on_experts(tiny_model, rare, tokens):
     counts, edges = np.histogram(densities, bins=10, range=(-np.log10(statistics.n_tokens), 0))
     assert histogram.counts.tolist() == counts.tolist()
     assert np.allclose(histogram.edges.numpy(), edges)
-    assert histogram.n_dead == len(dead)
+    assert histogram.n_silent == len(silent)
     figure = usage_figure(statistics, bins=10)
-    assert sum(figure.data[0].y) + histogram.n_dead == D_SAE
-    assert f"{histogram.n_dead} never fire" in figure.layout.title.text
+    assert sum(figure.data[0].y) + histogram.n_silent == D_SAE
+    assert f"{histogram.n_silent} do not fire" in figure.layout.title.text
 
 
 @pytest.mark.parametrize("kind", ["mxd, k", "saelens transcoder"])
 def test_statistics_of_two_texts_add_up(tiny_model, tokens, kind, tmp_path):
     sae = make_layer(kind)
-    both = expert_statistics(sae, tiny_model, tokens, batch_size=1, watched=WATCHED, progress=False)
+    both = expert_statistics(tiny_model, sae, tokens, batch_size=1, watched=WATCHED, progress=False)
     first, second = (
-        expert_statistics(sae, tiny_model, part, batch_size=1, watched=WATCHED, progress=False)
+        expert_statistics(tiny_model, sae, part, batch_size=1, watched=WATCHED, progress=False)
         for part in (tokens[:3], tokens[3:])
     )
     first.save(tmp_path / "first")
@@ -192,11 +193,14 @@ def test_statistics_of_two_texts_add_up(tiny_model, tokens, kind, tmp_path):
 
 def test_statistics_that_do_not_belong_together(tiny_model, tokens, tmp_path):
     sae = make_layer("mxd, k")
-    statistics = expert_statistics(sae, tiny_model, tokens, watched=[1], progress=False)
-    other = make_layer("mxd, k")
-    other.W_dec[0, 0] += 1
-    with pytest.raises(ValueError, match="fingerprint"):
-        _ = statistics + ExpertStatistics.of(other, watched=[1])
+    statistics = expert_statistics(tiny_model, sae, tokens, watched=[1], progress=False)
+    # A layer that differs in one weight of one expert in the middle is another layer.
+    for name in ("W_dec", "W_enc", "b_enc", "W_out", "b_dec"):
+        other = make_layer("mxd, k")
+        weight = getattr(other, name)
+        weight[tuple(size // 2 for size in weight.shape)] += 1e-3
+        with pytest.raises(ValueError, match="fingerprint"):
+            _ = statistics + ExpertStatistics.of(other, watched=[1])
     with pytest.raises(ValueError, match="watched"):
         _ = statistics + ExpertStatistics.of(sae, watched=[1, 2])
     with pytest.raises(ValueError, match="watched"):
@@ -209,15 +213,15 @@ def test_statistics_that_do_not_belong_together(tiny_model, tokens, tmp_path):
         ExpertStatistics.of(sae, watched=[40])
     with pytest.raises(FileNotFoundError, match=r"holds no statistics\.safetensors"):
         ExpertStatistics.load(tmp_path)
-    with pytest.raises(ValueError, match="tokens must be ids"):
-        expert_statistics(sae, tiny_model, tokens[0])
+    with pytest.raises(ValueError, match="tokens must be token ids"):
+        expert_statistics(tiny_model, sae, tokens[0])
 
 
 def test_no_token_is_no_error(tiny_model):
     sae = make_layer("mxd, k")
-    statistics = expert_statistics(sae, tiny_model, torch.full((2, 3), BOS), progress=False)
+    statistics = expert_statistics(tiny_model, sae, torch.full((2, 3), BOS), progress=False)
     assert statistics.n_tokens == 0
-    assert len(statistics.dead) == D_SAE
+    assert len(statistics.silent) == D_SAE
     Console(file=StringIO()).print(statistics)
     usage_figure(statistics)
 
@@ -226,7 +230,7 @@ def test_no_token_is_no_error(tiny_model):
 def test_coactivation(tiny_model, tokens, kind):
     sae = make_layer(kind)
     statistics = expert_statistics(
-        sae, tiny_model, tokens, batch_size=2, watched=torch.tensor([31, 3, 17, 3]), progress=False
+        tiny_model, sae, tokens, batch_size=2, watched=torch.tensor([31, 3, 17, 3]), progress=False
     )
     assert statistics.watched.tolist() == WATCHED
     fired = (sae.encode(kept(tiny_model, sae, tokens)) > 0).numpy()
@@ -285,7 +289,7 @@ def test_a_feature_is_of_rank_one(kind):
 
 
 def test_mean_gate_share(tiny_model, tokens, layer):
-    statistics = expert_statistics(layer, tiny_model, tokens, progress=False)
+    statistics = expert_statistics(tiny_model, layer, tokens, progress=False)
     acts = layer.encode(kept(tiny_model, layer, tokens))
     c = layer.W_dec
     if getattr(layer.cfg, "rescale_acts_by_decoder_norm", False):
@@ -409,7 +413,7 @@ def test_logit_lens_errors(tiny_model):
 @pytest.mark.parametrize("kind", ["mxd, k", "topk_transcoder, k"])
 def test_nearest_neurons(any_model, tokens, kind):
     sae = make_layer(kind)
-    statistics = expert_statistics(sae, any_model, tokens, progress=False)
+    statistics = expert_statistics(any_model, sae, tokens, progress=False)
     experts = [n for n in (3, 30, 12, 20) if statistics.fired[n]][:2]
     found = nearest_neurons(any_model, sae, statistics, experts, k=3)
     mlp = any_model.blocks[1].mlp
@@ -430,7 +434,7 @@ def test_a_neuron_made_an_expert_is_found(any_model, tokens):
     sae.W_enc[:, 6] = -2 * mlp.W_gate[:, 11].detach().double()
     sae.b_enc[6] = 50
     sae.W_dec[6] = 3 * mlp.W_out[21].detach().double()
-    statistics = expert_statistics(sae, any_model, tokens, progress=False)
+    statistics = expert_statistics(any_model, sae, tokens, progress=False)
     found = nearest_neurons(any_model, sae, statistics, 6)
     assert (found.neurons["output"][0, 0], found.neurons["gate"][0, 0]) == (21, 11)
     assert found.cosines["output"][0, 0].item() == pytest.approx(1, abs=1e-5)
@@ -450,7 +454,7 @@ def test_neurons_that_do_not_fit(tiny_model, tokens):
 
 def test_every_result_prints(tiny_model, tokens):
     sae = make_layer("mxd, k")
-    statistics = expert_statistics(sae, tiny_model, tokens, watched=WATCHED, progress=False)
+    statistics = expert_statistics(tiny_model, sae, tokens, watched=WATCHED, progress=False)
     n = int(statistics.fired.argmax())
     results = [
         statistics,
@@ -458,14 +462,33 @@ def test_every_result_prints(tiny_model, tokens):
         similar_experts(sae, [1, 2], k=3),
         coactive_experts(statistics, k=3),
         nearest_neurons(tiny_model, sae, statistics, n),
-        lens := logit_lens(tiny_model, statistics.mean_direction(n), k=3, names=[n]),
+        logit_lens(tiny_model, statistics.mean_direction(n), k=3, names=[n]),
     ]
     for result in results:
         console = Console(file=StringIO(), width=150)
         console.print(result)
         assert result.title.split()[0] in console.file.getvalue()
-        assert result._repr_html_().count("<tr>") == len(result.to_pandas()) + 1
-    assert "&lt;" in lens._repr_html_() or not any("<" in w for w in lens.promoted[0] + lens.suppressed[0])
+        rows = list(result.rows)
+        assert result._repr_html_().count("<tr>") == len(rows) + 1 > 1
+        assert all(str(row[0]) in console.file.getvalue() for row in rows)
+        assert len(repr(result)) < 300
+
+
+def test_a_token_that_looks_like_markup_is_shown_as_text():
+    lens = LogitLens(["5"], [["<b>", "[red]"]], torch.ones(1, 2), [["</b>", "x"]], torch.ones(1, 2))
+    assert "&lt;b&gt;" in lens._repr_html_()
+    assert "<b>" not in lens._repr_html_()
+    assert "[red]" in str(lens)
+
+
+def test_statistics_as_a_data_frame(tiny_model, tokens):
+    """One row per expert, every number the property's."""
+    statistics = expert_statistics(tiny_model, make_layer("mxd, k"), tokens, watched=WATCHED, progress=False)
+    frame = statistics.to_pandas()
+    assert frame.expert.tolist() == list(range(D_SAE))
+    for name in ("fired", "density", "mean_coefficient", "load_share", "consistency", "contribution_rms"):
+        np.testing.assert_array_equal(frame[name], getattr(statistics, name))
+    assert frame.fired_with_17.tolist() == statistics.fired_together[:, 1].tolist()
 
 
 @pytest.mark.real_model
@@ -485,7 +508,7 @@ def test_one_library_and_the_other_agree_on_the_real_model(smollm2):
     torch.testing.assert_close(bridge.blocks[12].mlp.W_gate, smollm2.blocks[12].mlp.W_gate)
     sae = make_layer("mxd, k", "float32", d_model=576, layer=12)
     tokens = smollm2.to_tokens("The capital of France is Paris, and that of Italy is Rome.")
-    one, other = (expert_statistics(sae, m, tokens, progress=False) for m in (smollm2, bridge))
+    one, other = (expert_statistics(m, sae, tokens, progress=False) for m in (smollm2, bridge))
     torch.testing.assert_close(one.coefficient_sum, other.coefficient_sum, rtol=1e-3, atol=1e-3)
 
 

@@ -17,7 +17,6 @@ from rich.console import Console
 import mxd_lens
 from mxd_lens import FaithfulnessReport
 from mxd_lens.artifacts.tables import Tabular, text_of
-from mxd_lens.evals.autointerp import Autointerp, Interpretation
 from mxd_lens.evals.frontier import Frontier, Point
 from mxd_lens.evals.steering import Sampling, SteeredSamples
 from mxd_lens.evals.steering_scores import SteeringScore, SteeringScores
@@ -52,10 +51,6 @@ def results() -> list[Tabular]:
             "m", "out", 3, 2.0, "add", Sampling(), ["one", "two"], ["three", "four"], [[1]], [[1]]
         ),
         SteeringScores(settings, [SteeringScore("layer", "mxd", 3, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, ["text"])]),
-        Autointerp(
-            {"architecture": "mxd", "hook_name": "in", "interpreter": "i"},
-            [Interpretation(3, 4, "explained", [], [], ""), Interpretation(5, 4, "", [], [], "failed")],
-        ),
     ]
 
 
@@ -148,7 +143,7 @@ def test_a_report_that_is_none_is_refused(tmp_path):
     text = (tmp_path / "report.json").read_text()
     for changed in (text.replace("0.25", '"[b]"', 1), text.replace('"l0"', '"other"'), "[]"):
         (tmp_path / "report.json").write_text(changed)
-        with pytest.raises(ValueError, match="is not a report"):
+        with pytest.raises(ValueError, match=r"not a report|a report is a JSON object"):
             FaithfulnessReport.load(tmp_path / "report.json")
 
 

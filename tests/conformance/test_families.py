@@ -216,7 +216,7 @@ def outcomes(request: pytest.FixtureRequest) -> Outcomes:
 @pytest.mark.parametrize("class_name", CLASSES)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family(name: str, class_name: str, made, outcomes: Outcomes) -> None:
-    """Each verb, one after the other on one model, so that what one leaves behind would be seen by the next."""
+    """Each verb, one after the other on one model, so that the next one sees what one leaves behind."""
     folder, reference = made(name)
     try:
         model = load_model(folder, model_class=MODEL_CLASSES[class_name])

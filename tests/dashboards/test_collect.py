@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import D_MODEL
+from layers import D_SAE, LAYERS, make_layer, skip_of, true_input, written_by
 from sae_lens import TopKSAE, TopKSAEConfig
 from test_attach import MODELS
-from test_decomposition import D_SAE, LAYERS, make_layer, skip_of, true_input, written_by
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -241,7 +241,7 @@ def check_weights(shown: ExpertData, hand: ByHand) -> None:
     rows = sae.W_dec.numpy().copy()
     if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
         rows /= np.linalg.norm(rows, axis=-1, keepdims=True)
-    W = sae.expert_weight(n).numpy() if isinstance(sae, MxD) else rows[n : n + 1]
+    W = sae.expert_weight(n).numpy() if hasattr(sae, "expert_weight") else rows[n : n + 1]
     singular_values = np.linalg.svd(W, compute_uv=False)
     close(shown.singular_values, singular_values)
     close(shown.stable_rank, (np.linalg.norm(W) / np.linalg.norm(W, 2)) ** 2)
@@ -436,8 +436,8 @@ def without_date(data: DashboardData) -> str:
 @pytest.mark.parametrize(
     ("module", "name", "call"),
     [
-        (firings, "layer_input", 1),
-        (firings, "layer_input", 3),
+        (firings, "read_batch", 1),
+        (firings, "read_batch", 3),
         (excerpts, "losses_with", 1),
         (excerpts, "losses_with", 2),
         (excerpts, "losses_without", 1),
@@ -469,11 +469,11 @@ def test_a_killed_run_goes_on(tiny_model, tokens, tmp_path, monkeypatch, module,
             collect(sae, tiny_model, tokens, cfg=cfg, folder=tmp_path / "killed")
     passes = []
     monkeypatch.setattr(
-        firings, "layer_input", lambda *args, _f=firings.layer_input: passes.append(1) or _f(*args)
+        firings, "read_batch", lambda *args, _f=firings.read_batch: passes.append(1) or _f(*args)
     )
     resumed = collect(sae, tiny_model, tokens, cfg=cfg, folder=tmp_path / "killed")
     assert without_date(resumed) == whole
-    assert len(passes) == {("layer_input", 1): 4, ("layer_input", 3): 2, ("save_file", 1): 4}.get(
+    assert len(passes) == {("read_batch", 1): 4, ("read_batch", 3): 2, ("save_file", 1): 4}.get(
         (name, call), 2 if name == "save_file" else 0
     )
     names = {"dashboard.json", "overview.parquet", "experts.parquet", "excerpts.parquet"}
@@ -499,7 +499,7 @@ def test_a_complete_folder_is_read(tiny_model, tokens, tmp_path, monkeypatch):
     sae = make_layer("mxd, k")
     data = collect(sae, tiny_model, tokens, folder=tmp_path, text_name="words", layer="here")
     assert data.settings["text_name"] == "words"
-    monkeypatch.setattr(firings, "layer_input", None)
+    monkeypatch.setattr(firings, "read_batch", None)
     again = collect(sae, tiny_model, tokens, folder=tmp_path)
     assert same(again, data)
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from layers import LAYERS, make_layer
 from made_up_dashboard import HOSTILE, dead, made_up
 from rich.console import Console
-from test_decomposition import LAYERS, make_layer
 from typer.testing import CliRunner
 
 from mxd_lens import MxD, TopKTranscoder, build_dashboard, expert_statistics
@@ -465,7 +465,7 @@ def test_a_page_by_itself(tmp_path):
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_card_of_an_expert(name, tiny_model, tokens):
     layer = make_layer(name)
-    statistics = expert_statistics(layer, tiny_model, tokens, progress=False)
+    statistics = expert_statistics(tiny_model, layer, tokens, progress=False)
     n = int(statistics.fired.argmax())
     card = expert_card(layer, n, statistics)
     c, g = layer.W_dec.double(), layer.W_enc.double()

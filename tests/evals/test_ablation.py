@@ -1,4 +1,4 @@
-"""What experts carry: known values of planted layers, and the same numbers computed otherwise."""
+"""What experts contribute: known values of planted layers, and the same numbers computed otherwise."""
 
 import math
 import re
@@ -28,20 +28,23 @@ from sklearn.metrics import adjusted_mutual_info_score, mutual_info_score
 from test_attach import random_mxd
 from test_faithfulness import layer
 
+import mxd_lens
 from mxd_lens import MxD, TopKTranscoder
+from mxd_lens.analysis.firings import Firings
 from mxd_lens.evals.ablation import (
-    BestConstantGate,
-    CarryReport,
-    load_carry,
+    AblationReport,
+    BestConstant,
+    ablation_study,
+    load_ablations,
     only_strongest,
-    save_carry,
+    save_ablations,
     what_experts_carry,
     without_strongest,
 )
 from mxd_lens.evals.stability import ByCoactivation, ByDecoder, match, read_usage, stability
 from mxd_lens.evals.token_dependence import (
     BITS,
-    Firings,
+    StrongestFirings,
     binary_entropy,
     expected_conditional,
     firing_information,
@@ -60,11 +63,11 @@ from mxd_lens.reports.ablation import (
 BOS = 1
 
 
-def carried(sae, tokens=None, mlp=None, **settings) -> CarryReport:
+def carried(sae, tokens=None, mlp=None, **settings) -> AblationReport:
     model = PlantedModel(mlp or sae)
     tokens = planted_tokens() if tokens is None else tokens
     settings = {"progress": False, "batch_size": 7} | settings
-    return what_experts_carry({"it": sae}, model, tokens, **settings)["it"]
+    return ablation_study(model, {"it": sae}, tokens, **settings)["it"]
 
 
 # Known values
@@ -83,13 +86,13 @@ def test_a_planted_transcoder():
     assert both.normalized_mse_kept == pytest.approx(0, abs=1e-6)
     assert both.normalized_mse_removed == pytest.approx(1, abs=1e-6)
     assert both.ce_loss_kept == pytest.approx(report.faithfulness.ce_loss, abs=1e-6)
-    assert report.half_carried_by == 1
+    assert report.half_explained_by == 1
     # The best constant is the mean; it leaves every component's variance.
     y = PlantedModel(planted_transcoder()).run_with_cache(planted_tokens()[:32])[1]
     y = y["blocks.0.hook_mlp_out"][:, 1:].flatten(0, 1)
     left = ((y - y.mean(0)).pow(2).sum(-1) / y.pow(2).sum(-1)).mean().item()
     assert report.normalized_mse_best_constant_gate == pytest.approx(left, abs=1e-5)
-    assert report.carried == pytest.approx(1, abs=1e-5)
+    assert report.explained_by_experts == pytest.approx(1, abs=1e-5)
 
 
 def test_words_and_contexts_are_told_apart():
@@ -124,7 +127,7 @@ def test_words_and_contexts_are_told_apart():
 def test_a_planted_mxd_and_one_whose_experts_mean_nothing():
     with_experts = carried(planted_mxd())
     assert with_experts.faithfulness.normalized_mse == pytest.approx(0, abs=1e-6)
-    assert with_experts.carried == pytest.approx(1, abs=1e-4)
+    assert with_experts.explained_by_experts == pytest.approx(1, abs=1e-4)
     empty = carried(without_experts())
     # Perfect, and so is any constant gate: nothing is left for the experts.
     assert empty.faithfulness.normalized_mse == pytest.approx(0, abs=1e-6)
@@ -149,7 +152,7 @@ def test_the_best_constant_is_that_of_least_squares(kind):
     sae = layer(kind)
     x, y = torch.randn(2, 90, D_MODEL, generator=torch.Generator().manual_seed(4))
     y[3] *= 100  # a massive activation
-    gate = BestConstantGate(sae)
+    gate = BestConstant(sae)
     for part in (slice(0, 17), slice(17, 90)):
         gate.add(x[part], y[part])
     if kind == "skip transcoder":
@@ -163,7 +166,7 @@ def test_the_best_constant_is_that_of_least_squares(kind):
         np.linalg.lstsq((weight * v[:, j])[:, None], weight * target[:, j], rcond=None)[0][0]
         for j in range(D_MODEL)
     ]
-    np.testing.assert_allclose(gate.gate.numpy(), expected, rtol=1e-5)
+    np.testing.assert_allclose(gate.mixture.numpy(), expected, rtol=1e-5)
     expected = torch.tensor(np.array(expected) * v + rest)
     torch.testing.assert_close(gate.replacement()(x, y).double(), expected, rtol=1e-4, atol=1e-4)
 
@@ -171,10 +174,44 @@ def test_the_best_constant_is_that_of_least_squares(kind):
 def test_a_dimension_the_layer_cannot_write_has_no_gate():
     sae = random_mxd(D_MODEL)
     sae.W_out[:, 3] = 0
-    gate = BestConstantGate(sae)
+    gate = BestConstant(sae)
     gate.add(*torch.randn(2, 5, D_MODEL))
-    assert gate.gate[3] == 0
-    assert gate.gate.isfinite().all()
+    assert gate.mixture[3] == 0
+    assert gate.mixture.isfinite().all()
+
+
+def test_the_best_constants_of_affine_experts_are_those_of_least_squares():
+    """Two for each dimension, where an expert writes a_n (c_n * v + e_n)."""
+    sae = random_mxd(D_MODEL)
+    affine = affine_of(sae)
+    x, y = torch.randn(2, 90, D_MODEL, generator=torch.Generator().manual_seed(4))
+    best = BestConstant(affine)
+    best.add(x, y)
+    v = (sae.hidden(x) @ sae.W_out).double().numpy()
+    weight = 1 / y.double().norm(dim=-1).numpy()
+    target = y.double().numpy() - sae.b_dec.double().numpy()
+    for j in range(D_MODEL):
+        design = weight[:, None] * np.stack([v[:, j], np.ones(90)], axis=1)
+        expected = np.linalg.lstsq(design, weight * target[:, j], rcond=None)[0]
+        np.testing.assert_allclose(best.mixture[[j, j + D_MODEL]].numpy(), expected, rtol=1e-4, atol=1e-7)
+
+
+@torch.no_grad()
+def affine_of(mxd: MxD) -> MxD:
+    """The MxD whose experts write a_n (c_n * v + e_n), e_n random."""
+
+    class AffineMxD(type(mxd)):
+        def mixture(self, a):
+            return torch.cat([a.mix(self.W_dec), a.mix(self.W_offset)], dim=-1)
+
+        def experts_out(self, mixture, expert_input):
+            c, e = mixture.chunk(2, dim=-1)
+            return c * expert_input + e
+
+    made = AffineMxD(mxd.cfg)
+    made.load_state_dict(mxd.state_dict())
+    made.W_offset = torch.randn(mxd.W_dec.shape, generator=torch.Generator().manual_seed(8))
+    return made.requires_grad_(False)
 
 
 @pytest.mark.parametrize("n", [0, 1, 3, 4, 9])
@@ -197,7 +234,7 @@ def test_an_ordinary_sae(tiny_model):
     cfg = TopKSAEConfig(d_in=D_MODEL, d_sae=24, k=3, metadata=SAEMetadata(hook_name="blocks.1.hook_mlp_out"))
     sae = TopKSAE(cfg).requires_grad_(False)
     tokens = torch.randint(3, 20, (7, 12), generator=torch.Generator().manual_seed(5))
-    report = what_experts_carry({"it": sae}, tiny_model, tokens, 5, progress=False)["it"]
+    report = ablation_study(tiny_model, {"it": sae}, tokens, 5, progress=False)["it"]
     assert [a.n for a in report.ablations] == [0, 1, 2, 3]
     y = tiny_model.run_with_cache(tokens[:5])[1]["blocks.1.hook_mlp_out"].flatten(0, 1)
     a = sae.encode(y)
@@ -207,10 +244,19 @@ def test_an_ordinary_sae(tiny_model):
     assert report.ablations[1].normalized_mse_kept == pytest.approx(expected, rel=1e-4)
 
 
+def test_the_former_names():
+    sae, tokens = planted_transcoder(), planted_tokens()
+    with pytest.warns(DeprecationWarning, match="ablation_study"):
+        former = what_experts_carry({"it": sae}, PlantedModel(sae), tokens, 5, progress=False)
+    assert former["it"] == ablation_study(PlantedModel(sae), {"it": sae}, tokens, 5, progress=False)["it"]
+    with pytest.warns(DeprecationWarning, match="AblationReport"):
+        assert mxd_lens.CarryReport is AblationReport
+
+
 # Information
 
 
-def random_firings(n_tokens=600, n_experts=5, seed=0) -> tuple[Firings, torch.Tensor]:
+def random_firings(n_tokens=600, n_experts=5, seed=0) -> tuple[Firings, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     token = (torch.rand(n_tokens, generator=generator) ** 3 * 60).long()
     fires = torch.rand(n_tokens, n_experts, generator=generator) < torch.linspace(0.02, 0.6, n_experts)
@@ -218,11 +264,16 @@ def random_firings(n_tokens=600, n_experts=5, seed=0) -> tuple[Firings, torch.Te
     token_of, expert = fires.nonzero(as_tuple=True)
     strongest = (token % 4) * (torch.rand(n_tokens, generator=generator) < 0.7)
     position = torch.arange(n_tokens) % 50
-    return Firings(n_experts, token_of, expert, strongest, token, token.roll(1), position), fires
+    return made_firings(n_experts, token_of, expert, token, token.roll(1), position), strongest, fires
+
+
+def made_firings(n_experts, token_of, expert, token, previous, position) -> Firings:
+    sequence = torch.zeros_like(token)
+    return Firings(n_experts, token_of, expert, expert + 1.0, token, previous, sequence, position)
 
 
 def test_informations_are_scikit_learns():
-    firings, fires = random_firings()
+    firings, labels, fires = random_firings()
     token = firings.token.numpy()
     got = firing_information(firings, firings.token, torch.arange(5))
     for n in range(5):
@@ -230,7 +281,6 @@ def test_informations_are_scikit_learns():
         assert got.information[n].item() == pytest.approx(mutual_info_score(one, token) * BITS, rel=1e-9)
         expected = adjusted_mutual_info_score(one, token, average_method="min")
         assert got.share[n].item() == pytest.approx(expected, rel=1e-6, abs=1e-9)
-    labels = firings.strongest
     got = label_information(labels, firings.token)
     expected = adjusted_mutual_info_score(labels, token, average_method="min")
     assert got.share.item() == pytest.approx(expected, rel=1e-6)
@@ -256,7 +306,7 @@ def test_the_correction_is_needed_and_right():
     token = torch.randint(400, (500,), generator=generator)
     fires = torch.rand(500, 40, generator=generator) < 0.1
     token_of, expert = fires.nonzero(as_tuple=True)
-    firings = Firings(40, token_of, expert, token * 0, token, token, token)
+    firings = made_firings(40, token_of, expert, token, token, token)
     total = firing_information(firings, token, torch.arange(40)).total
     assert total.information / total.entropy > 0.5
     assert abs(total.share) < 0.03
@@ -265,9 +315,9 @@ def test_the_correction_is_needed_and_right():
 def test_the_order_and_the_batch_size_do_not_matter():
     sae, tokens = planted_mxd(), planted_tokens()
     model = PlantedModel(sae)
-    one = what_experts_carry({"it": sae}, model, tokens, 40, batch_size=3, progress=False)["it"]
+    one = ablation_study(model, {"it": sae}, tokens, 40, batch_size=3, progress=False)["it"]
     order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
-    other = what_experts_carry({"it": sae}, model, tokens[order], 40, batch_size=16, progress=False)["it"]
+    other = ablation_study(model, {"it": sae}, tokens[order], 40, batch_size=16, progress=False)["it"]
     same_numbers(one, other, 1e-5)
 
 
@@ -292,19 +342,20 @@ def numbers(one, other, name=""):
 def test_half_precision_is_close():
     sae, half, tokens = planted_mxd(), planted_mxd().to(dtype=torch.float16), planted_tokens()
     model = PlantedModel(planted_transcoder())
-    one, other = (what_experts_carry({"it": s}, model, tokens, progress=False)["it"] for s in (sae, half))
+    one, other = (ablation_study(model, {"it": s}, tokens, progress=False)["it"] for s in (sae, half))
     same_numbers(one, other, 5e-3)
 
 
 def test_special_tokens_are_left_out():
     model = PlantedModel(planted_transcoder())
     tokens = planted_tokens(5, 9)
-    (firings,) = read_firings({"it": planted_transcoder()}, model, tokens, 2, progress=False).values()
+    (found,) = read_firings(model, {"it": planted_transcoder()}, tokens, 2, progress=False).values()
+    firings = found.firings
     assert firings.token.tolist() == tokens[:, 1:].flatten().tolist()
     assert firings.previous.tolist() == tokens[:, :-1].flatten().tolist()
     assert firings.position.tolist() == list(range(1, 9)) * 5
     assert firings.counts.sum() == 5 * 8 * 2
-    assert firings.strongest.tolist() == (tokens[:, 1:] - FIRST).flatten().tolist()
+    assert found.strongest.tolist() == (tokens[:, 1:] - FIRST).flatten().tolist()
 
 
 # Stability
@@ -335,7 +386,7 @@ def test_the_same_experts_are_found_again(kind, exact):
     x = model.input(tokens)
     torch.testing.assert_close(one(x)[:, 1:], other(x)[:, 1:], rtol=1e-4, atol=1e-4)
     decoder, coactivation = stability(
-        {"one": one, "other": other}, model, tokens, exact=exact, progress=False
+        model, {"one": one, "other": other}, tokens, exact=exact, progress=False
     )
     for found in (decoder, coactivation):
         assert found.matched == pytest.approx(1, abs=1e-5)
@@ -343,7 +394,7 @@ def test_the_same_experts_are_found_again(kind, exact):
         assert found.agreement == 1
         assert found.matched_shuffled < 0.7
     assert coactivation.matched_shuffled < 0.15
-    usages = [read_usage(sae, model, tokens, progress=False) for sae in (one, other)]
+    usages = [read_usage(model, sae, tokens, progress=False) for sae in (one, other)]
     matching = match(ByDecoder(*usages), exact)
     theirs = usages[1].alive[matching.partner]
     assert order[theirs].tolist() == usages[0].alive.tolist()
@@ -356,7 +407,7 @@ def test_layers_with_nothing_in_common():
         torch.nn.init.normal_(w)
     other.b_enc.fill_(0.5)
     decoder, coactivation = stability(
-        {"one": one, "other": other}, PlantedModel(one), planted_tokens(), progress=False
+        PlantedModel(one), {"one": one, "other": other}, planted_tokens(), progress=False
     )
     assert decoder.matched == pytest.approx(decoder.matched_shuffled, abs=0.15)
     assert decoder.found_again < 0.2
@@ -366,7 +417,7 @@ def test_layers_with_nothing_in_common():
 def test_coactivation_is_numpys_correlation():
     one, other = planted_transcoder(), random_transcoder()
     model, tokens = PlantedModel(one), planted_tokens(6, 20)
-    usages = [read_usage(sae, model, tokens, 4, progress=False) for sae in (one, other)]
+    usages = [read_usage(model, sae, tokens, 4, progress=False) for sae in (one, other)]
     x = model.input(tokens)[:, 1:].flatten(0, 1)
     fires = [(s.encode(x) > 0)[:, u.alive].numpy().T for s, u in zip((one, other), usages, strict=True)]
     kinds = ByCoactivation(*usages)
@@ -386,8 +437,8 @@ def random_transcoder() -> TopKTranscoder:
 def test_more_experts_than_the_other_layer_has():
     one, other = planted_transcoder(), planted_transcoder()
     other.b_enc[:5] = -10  # five of its words' experts never fire
-    both = stability({"a": one, "b": other}, PlantedModel(one), planted_tokens(), progress=False)
-    turned = stability({"a": other, "b": one}, PlantedModel(one), planted_tokens(), progress=False)
+    both = stability(PlantedModel(one), {"a": one, "b": other}, planted_tokens(), progress=False)
+    turned = stability(PlantedModel(one), {"a": other, "b": one}, planted_tokens(), progress=False)
     for found in (both[0], turned[0]):
         assert found.matched == pytest.approx((D_OUT - 5) / D_OUT, abs=0.02)
         assert found.found_again == pytest.approx((D_OUT - 5) / D_OUT)
@@ -402,10 +453,10 @@ def test_reports_are_kept_and_shown(tmp_path):
     sae, tokens = planted_transcoder(), planted_tokens()
     report = carried(sae)
     other, _ = another_seed("transcoder")
-    found = stability({"a": sae, "b": other}, PlantedModel(sae), tokens, progress=False)
+    found = stability(PlantedModel(sae), {"a": sae, "b": other}, tokens, progress=False)
     report = replace(report, stability=found)
-    save_carry(tmp_path / "carry.json", {"it": report})
-    assert load_carry(tmp_path / "carry.json") == {"it": report}
+    save_ablations(tmp_path / "ablations.json", {"it": report})
+    assert load_ablations(tmp_path / "ablations.json") == {"it": report}
     console = Console(width=140, record=True)
     console.print(report)
     shown = console.export_text()
@@ -416,11 +467,11 @@ def test_reports_are_kept_and_shown(tmp_path):
 @pytest.mark.parametrize(
     ("tokens", "settings", "message"),
     [
-        (planted_tokens(), {"judged_sequences": 0}, "judged_sequences must be at least 1, got 0"),
+        (planted_tokens(), {"ablated_sequences": 0}, "ablated_sequences must be at least 1, got 0"),
         (planted_tokens(), {"min_fired": 0}, "min_fired must be at least 1, got 0"),
-        (torch.full((3, 5), BOS), {}, "all are special tokens"),
-        (planted_tokens()[:0], {}, "no tokens to judge"),
-        (planted_tokens()[0], {}, "tokens must be ids"),
+        (torch.full((3, 5), BOS), {}, "no tokens to evaluate on"),
+        (planted_tokens()[:0], {}, "tokens must be token ids"),
+        (planted_tokens()[0], {}, "tokens must be token ids"),
     ],
 )
 def test_bad_input(tokens, settings, message):
@@ -432,17 +483,17 @@ def test_layers_that_cannot_be_compared():
     one, other = planted_transcoder(), planted_transcoder()
     model, tokens = PlantedModel(one), planted_tokens()
     with pytest.raises(ValueError, match="compares two layers or more, got 1"):
-        stability({"one": one}, model, tokens, progress=False)
+        stability(model, {"one": one}, tokens, progress=False)
     silent = planted_transcoder()
     silent.b_enc.fill_(-10)
     with pytest.raises(ValueError, match="nothing to match: 16 and 0 experts"):
-        stability({"one": one, "silent": silent}, model, tokens, progress=False)
+        stability(model, {"one": one, "silent": silent}, tokens, progress=False)
     other.cfg.metadata.exclude_special_tokens = False
     with pytest.raises(ValueError, match="Only layers of one MLP"):
-        stability({"one": one, "other": other}, model, tokens, progress=False)
+        stability(model, {"one": one, "other": other}, tokens, progress=False)
     empty = torch.zeros(0, dtype=torch.long)
     with pytest.raises(ValueError, match="no tokens to learn from"):
-        token_information(Firings(3, empty, empty, empty, empty, empty, empty), str)
+        token_information(StrongestFirings(made_firings(3, *[empty] * 5), empty), str)
 
 
 # The page
@@ -453,7 +504,7 @@ def test_the_page(tmp_path):
     other, _ = another_seed("transcoder")
     report = carried(sae)
     with_seeds = replace(
-        report, stability=stability({"a": sae, "b": other}, PlantedModel(sae), tokens, progress=False)
+        report, stability=stability(PlantedModel(sae), {"a": sae, "b": other}, tokens, progress=False)
     )
     reports = {"<it>": with_seeds, "empty": carried(without_experts())}
     page = write_carry_page(tmp_path / "carry.html", reports, {"text": "<words>"}).read_text()
@@ -500,7 +551,7 @@ def test_a_bundled_layer(smollm2):
     )
     tokens = smollm2.to_tokens(text)[:, :40]
     settings = {"min_fired": 2, "progress": False}
-    report = what_experts_carry({"it": mxd}, smollm2, tokens, **settings)["it"]
+    report = ablation_study(smollm2, {"it": mxd}, tokens, **settings)["it"]
     r = report.faithfulness
     assert r.normalized_mse < report.normalized_mse_best_constant_gate < r.normalized_mse_mean_gate
     assert [a.n for a in report.ablations] == [0, 1, 2, 4, 8, 16, 32]

@@ -78,7 +78,7 @@ def by_hand(sae, model, tokens: torch.Tensor) -> dict[str, float]:
     y = torch.cat(ys)
     numbers: dict[str, float] = {
         "l0": (acts > 0).sum(-1).float().mean().item(),
-        "dead_fraction": ((acts > 0).sum(0) == 0).float().mean().item(),
+        "silent_fraction": ((acts > 0).sum(0) == 0).float().mean().item(),
     }
 
     def loss_and_log_probabilities(outputs) -> tuple[float, torch.Tensor]:
@@ -115,7 +115,7 @@ def by_hand(sae, model, tokens: torch.Tensor) -> dict[str, float]:
 @pytest.mark.parametrize("kind", ["mxd", "mxd with relu", "skip transcoder"])
 def test_every_number_is_the_one_computed_by_hand(kind, tiny_model, tokens):
     sae = layer(kind)
-    report = evaluate(sae, tiny_model, tokens, batch_size=3, progress=False).to_dict()
+    report = evaluate(tiny_model, sae, tokens, batch_size=3, progress=False).to_dict()
     for name, value in by_hand(sae, tiny_model, tokens).items():
         assert report[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
     assert report["n_tokens"] == 7 * 11
@@ -124,14 +124,14 @@ def test_every_number_is_the_one_computed_by_hand(kind, tiny_model, tokens):
 
 def test_the_batch_size_does_not_matter(tiny_model, tokens):
     sae = layer("mxd")
-    one, all_ = (evaluate(sae, tiny_model, tokens, batch_size=b, progress=False).to_dict() for b in (1, 7))
+    one, all_ = (evaluate(tiny_model, sae, tokens, batch_size=b, progress=False).to_dict() for b in (1, 7))
     for name, value in one.items():
         if isinstance(value, float):
             assert all_[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
 
 
 def test_largest_tokens_are_the_largest(tiny_model, tokens):
-    report = evaluate(layer("mxd"), tiny_model, tokens, progress=False)
+    report = evaluate(tiny_model, layer("mxd"), tokens, progress=False)
     y = tiny_model.run_with_cache(tokens)[1][HOOK_OUT][:, 1:].flatten(0, 1)
     largest = y.norm(dim=-1).topk(5)
     assert [t["norm"] for t in report.largest_tokens] == pytest.approx(largest.values.tolist(), rel=1e-5)
@@ -144,7 +144,7 @@ def test_the_layer_itself_replaced_by_a_perfect_one_recovers_everything(tiny_mod
 
     mxd = mlp_as_mxd(tiny_model.blocks[1].mlp, "silu")
     mxd.cfg.metadata = SAEMetadata(hook_name=HOOK_IN, hook_name_out=HOOK_OUT)
-    report = evaluate(mxd, tiny_model, tokens, progress=False)
+    report = evaluate(tiny_model, mxd, tokens, progress=False)
     assert report.normalized_mse < 1e-9
     assert report.ce_loss_recovered == pytest.approx(1, abs=1e-4)
     assert report.kl_divergence == pytest.approx(0, abs=1e-5)
@@ -183,7 +183,7 @@ def test_an_ordinary_sae_gets_saelens_own_numbers(tiny_model, tokens):
         exclude_special_tokens=False,
         verbose=False,
     )
-    ours = evaluate(sae, tiny_model, tokens, progress=False)
+    ours = evaluate(tiny_model, sae, tokens, progress=False)
     ce = theirs["model_performance_preservation"]
     assert ours.ce_loss == pytest.approx(ce["ce_loss_without_sae"], rel=1e-4)
     assert ours.ce_loss_replaced == pytest.approx(ce["ce_loss_with_sae"], rel=1e-4)
@@ -197,7 +197,7 @@ def test_an_ordinary_sae_gets_saelens_own_numbers(tiny_model, tokens):
 def test_report_round_trip_and_table(tiny_model, tokens, tmp_path):
     from rich.console import Console
 
-    report = evaluate(layer("mxd"), tiny_model, tokens, progress=False)
+    report = evaluate(tiny_model, layer("mxd"), tokens, progress=False)
     report.save(tmp_path / "report.json")
     assert FaithfulnessReport.load(tmp_path / "report.json") == report
     assert json.loads((tmp_path / "report.json").read_text())["l0"] == report.l0
@@ -211,36 +211,109 @@ def test_report_round_trip_and_table(tiny_model, tokens, tmp_path):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (torch.zeros(4, dtype=torch.long), "tokens must be ids"),
-        (torch.zeros(4, 1, dtype=torch.long), "tokens must be ids"),
-        (torch.zeros(4, 5), "tokens must be ids"),
-        (torch.full((4, 5), BOS), "all are special tokens"),
-        (torch.zeros(0, 5, dtype=torch.long), "no tokens to judge"),
+        (torch.zeros(4, dtype=torch.long), "tokens must be token ids"),
+        (torch.zeros(4, 1, dtype=torch.long), "There are no tokens to evaluate on"),
+        (torch.zeros(4, 5), "tokens must be token ids"),
+        (torch.full((4, 5), BOS), "There are no tokens to evaluate on"),
+        (torch.zeros(0, 5, dtype=torch.long), "tokens must be token ids"),
+        ([], "There is no text"),
+        (["the cat", ""], "A text has no token"),
     ],
 )
-def test_tokens_that_cannot_be_judged(bad, message, tiny_model):
+def test_tokens_that_cannot_be_evaluated_on(bad, message, tiny_model):
     with pytest.raises(ValueError, match=message):
-        evaluate(layer("mxd"), tiny_model, bad, progress=False)
+        evaluate(tiny_model, layer("mxd"), bad, progress=False)
+
+
+def test_what_is_neither_text_nor_tokens(tiny_model):
+    with pytest.raises(TypeError, match="a list of int"):
+        evaluate(tiny_model, layer("mxd"), [1, 2, 3], progress=False)
+
+
+def test_strings_are_the_tokens_of_each(tiny_model):
+    """Strings of different lengths give what their tokens give, one sequence each."""
+    sae, texts = layer("mxd"), ["the big cat sat on the red mat", "a dog ran", "it was then"]
+    of_strings = evaluate(tiny_model, sae, texts, batch_size=2, progress=False)
+    sequences = [tiny_model.to_tokens(text)[0] for text in texts]
+    of_tokens = evaluate(tiny_model, sae, sequences, batch_size=1, progress=False)
+    for name, value in of_strings.to_dict().items():
+        if isinstance(value, float):
+            assert of_tokens.to_dict()[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+    assert of_strings.n_tokens == 8 + 3 + 3
+    assert of_strings.text_hash == of_tokens.text_hash
+    # Filling up the shorter texts changes no loss: those of the longest alone are the same.
+    longest = evaluate(tiny_model, sae, texts[0], progress=False)
+    assert longest.ce_loss == pytest.approx(
+        evaluate(tiny_model, sae, sequences[0][None], progress=False).ce_loss
+    )
+
+
+def test_a_long_string_is_cut_into_sequences_of_the_training(tiny_model):
+    sae = layer("mxd")
+    sae.cfg.metadata.context_size = 5
+    report = evaluate(tiny_model, sae, " ".join(["the cat sat on"] * 3), progress=False)
+    by_hand = torch.tensor([[BOS, *tiny_model.to_tokens("the cat sat on")[0, 1:].tolist()]] * 3)
+    assert report.ce_loss == pytest.approx(evaluate(tiny_model, sae, by_hand, progress=False).ce_loss)
+
+
+@pytest.mark.parametrize("at", [HOOK_IN, HOOK_OUT])
+def test_activations_that_are_not_finite_are_refused(at, tiny_model, tokens):
+    def overflow(activation, hook):
+        activation[0, 3:4] = torch.inf
+        return activation
+
+    tiny_model.add_hook(at, overflow)
+    with pytest.raises(ValueError, match="are NaN or infinite at 1 of"):
+        evaluate(tiny_model, layer("mxd"), tokens, progress=False)
+
+
+@pytest.mark.parametrize("kind", ["mxd", "mxd with relu", "skip transcoder"])
+def test_under_autocast(kind, tiny_model, tokens):
+    """The model runs in bfloat16; the layer is decomposed in the dtype of its weights."""
+    report = evaluate(tiny_model, layer(kind), tokens, progress=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        reduced = evaluate(tiny_model, layer(kind), tokens, progress=False)
+    assert reduced.normalized_mse == pytest.approx(report.normalized_mse, rel=0.05)
+    assert reduced.normalized_mse != report.normalized_mse
+
+
+def test_a_report_of_an_earlier_version(tiny_model, tokens, tmp_path):
+    report = evaluate(tiny_model, layer("mxd"), tokens, progress=False, text_name="words")
+    known = report.to_dict()
+    for name in ("kl_divergence_zero_ablated", "text_name", "text_hash", "provenance"):
+        del known[name]
+    known["dead_fraction"] = known.pop("silent_fraction")
+    file = tmp_path / "report.json"
+    file.write_text(json.dumps(known))
+    loaded = FaithfulnessReport.load(file)
+    assert (loaded.l0, loaded.silent_fraction) == (report.l0, report.silent_fraction)
+    assert loaded.provenance == "unknown"
+    with pytest.warns(DeprecationWarning, match="silent_fraction now"):
+        assert loaded.dead_fraction == report.silent_fraction
+    for bad in ("[]", "{}", '{"l0": 1}', json.dumps(known | {"l0": "1"}), "{", "[" * 100_000):
+        file.write_text(bad)
+        with pytest.raises(ValueError, match=r"report\.json"):
+            FaithfulnessReport.load(file)
 
 
 def test_a_layer_of_another_model_is_refused(tiny_model, tokens):
     sae = layer("mxd")
     sae.cfg.metadata.model_name = "pythia-70m"
     with pytest.raises(ValueError, match="trained on pythia-70m"):
-        evaluate(sae, tiny_model, tokens, progress=False)
+        evaluate(tiny_model, sae, tokens, progress=False)
 
 
 def test_a_bridge_gives_the_same_numbers(tiny_model, tiny_folder, tokens):
     bridge = load_model(tiny_folder, model_class=SAETransformerBridge)
     ours, theirs = (
-        evaluate(layer("mxd"), model, tokens, progress=False).to_dict() for model in (tiny_model, bridge)
+        evaluate(model, layer("mxd"), tokens, progress=False).to_dict() for model in (tiny_model, bridge)
     )
     for name, value in ours.items():
         if isinstance(value, float):
             assert theirs[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
 
 
-def test_many_layers_are_judged_as_each_alone(tiny_model, tokens):
+def test_many_layers_are_evaluated_as_each_alone(tiny_model, tokens):
     """With one pass of the unmodified model, and one of the zero-ablated one for each MLP."""
     saes = {kind: layer(kind) for kind in ("mxd", "skip transcoder")}
     saes["skip transcoder"].cfg.metadata.exclude_special_tokens = True
@@ -249,9 +322,9 @@ def test_many_layers_are_judged_as_each_alone(tiny_model, tokens):
     saes["sae"].cfg.metadata.hook_name = HOOK_OUT
     saes["sae"].cfg.metadata.exclude_special_tokens = True
     saes["all tokens"].cfg.metadata.exclude_special_tokens = False
-    alone = {name: evaluate(sae, tiny_model, tokens, progress=False) for name, sae in saes.items()}
+    alone = {name: evaluate(tiny_model, sae, tokens, progress=False) for name, sae in saes.items()}
     passes = []
     tiny_model.blocks[0].register_forward_hook(lambda *_: passes.append(1))
-    assert evaluate_all(saes, tiny_model, tokens, progress=False) == alone
+    assert evaluate_all(tiny_model, saes, tokens, progress=False) == alone
     assert len(passes) == 1 + 2 + 3 * 4
     assert alone["all tokens"].n_tokens > alone["mxd"].n_tokens

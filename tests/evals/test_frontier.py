@@ -58,7 +58,7 @@ def test_every_point_is_there_and_is_what_evaluate_says(sweep, tiny_model, held_
         sae = SAE.load_from_disk(tmp_path / "sweep" / "trained" / point.name)
         assert sae.cfg.k == point.k
         for name, tokens in held_out.items():
-            assert point.reports[name] == evaluate(sae, tiny_model, tokens, progress=False)
+            assert point.reports[name] == evaluate(tiny_model, sae, tokens, progress=False)
     (one,) = result.select("other", 2, "skip_mxd", 4)
     assert one.hook_name == "blocks.2.mlp.hook_in"
     assert [r.l0 for r in result.select("same", 1, "topk_transcoder")] == pytest.approx([2, 4], abs=0.5)

@@ -88,7 +88,7 @@ def planted_transcoder(model, kind: type = TopKTranscoder):
 @pytest.mark.parametrize("kind", [TopKTranscoder, MxD])
 def test_planted_experts_are_found(kind, tiny_model):
     result = sparse_probing(
-        planted_transcoder(tiny_model, kind), tiny_model, planted_texts(), seeds=(0, 1), **SMALL
+        tiny_model, planted_transcoder(tiny_model, kind), planted_texts(), seeds=(0, 1), **SMALL
     )
     for seed in (0, 1):
         for n, label in enumerate(("cat", "dog")):
@@ -110,7 +110,7 @@ def test_an_expert_that_fires_on_some_of_its_class_has_the_scores_of_those(tiny_
     task = planted_texts(share=0.6)
     layer = planted_transcoder(tiny_model)
     layer.W_enc[:, 2:] = 0  # nothing else fires
-    result = sparse_probing(layer, tiny_model, task, **SMALL)
+    result = sparse_probing(tiny_model, layer, task, **SMALL)
     test = split(task, 0)
     truth = np.array(task.labels)[test] == "cat"
     answer = np.array(["cat" in text.split() for text in task.texts])[test]
@@ -125,7 +125,7 @@ def test_where_the_classes_are_drawn_at_random_nothing_is_found(tiny_model):
     texts = planted_texts(n=300)
     labels = random.Random(1).choices(["heads", "tails"], k=300)
     task = LabelledTexts.of("coin", zip(labels, texts.texts, strict=True))
-    result = sparse_probing(planted_transcoder(tiny_model), tiny_model, task, seeds=range(5), **SMALL)
+    result = sparse_probing(tiny_model, planted_transcoder(tiny_model), task, seeds=range(5), **SMALL)
     accuracies = [s.balanced_accuracy for s in result.by_seed("coin", "topk_transcoder", ONE)]
     assert np.mean(accuracies) == pytest.approx(0.5, abs=0.07)
 
@@ -133,7 +133,7 @@ def test_where_the_classes_are_drawn_at_random_nothing_is_found(tiny_model):
 def test_every_number_is_scikit_learns_on_features_made_by_hand(tiny_model):
     """A text at a time, dense, and scikit-learn for every single probe."""
     task, mxd, seed = planted_texts(), random_mxd(D_MODEL), 3
-    result = sparse_probing({"mxd": mxd}, tiny_model, task, seeds=(seed,), ks=(1, 2, 5, 20), progress=False,
+    result = sparse_probing(tiny_model, {"mxd": mxd}, task, seeds=(seed,), ks=(1, 2, 5, 20), progress=False,
                             n_candidates=30)  # fmt: skip
     hook_in = mxd.cfg.metadata.hook_name
     features, dense = [], []
@@ -225,12 +225,12 @@ def test_one_pass_feeds_all_layers_each_from_its_hook(tiny_model, monkeypatch):
     task, layers = planted_texts(), layers_of_two_hooks()
     passes, run = [], tiny_model.run_with_hooks
     monkeypatch.setattr(tiny_model, "run_with_hooks", lambda *a, **k: passes.append(k) or run(*a, **k))
-    both = pool(layers, tiny_model, task.texts, batch_size=40, progress=False)
+    both = pool(tiny_model, layers, task.texts, batch_size=40, progress=False)
     assert len(passes) == 3
     assert {call["stop_at_layer"] for call in passes} == {2}
     assert set(both.activations) == {"blocks.1.mlp.hook_in", HOOK_OUT}
     for name, layer in layers.items():
-        alone = pool({name: layer}, tiny_model, task.texts, batch_size=40, progress=False)
+        alone = pool(tiny_model, {name: layer}, task.texts, batch_size=40, progress=False)
         assert (both.features[name] != alone.features[name]).nnz == 0
         assert both.features[name].nnz < 0.9 * both.features[name].shape[0] * layer.cfg.d_sae
 
@@ -240,9 +240,9 @@ def test_neither_batch_nor_order_changes_the_numbers(batch_size, tiny_model):
     draw = random.Random(2)
     texts = [" ".join(draw.choices(WORDS, k=draw.randint(1, 14))) for _ in range(60)]
     layers = layers_of_two_hooks()
-    expected = pool(layers, tiny_model, texts, progress=False)
+    expected = pool(tiny_model, layers, texts, progress=False)
     order = random.Random(3).sample(range(60), 60)
-    actual = pool(layers, tiny_model, [texts[i] for i in order], batch_size=batch_size, progress=False)
+    actual = pool(tiny_model, layers, [texts[i] for i in order], batch_size=batch_size, progress=False)
     assert actual.n_tokens.tolist() == [len(texts[i].split()) for i in order]
     for name in layers:
         np.testing.assert_allclose(
@@ -262,18 +262,18 @@ def test_the_order_of_the_texts_given_does_not_matter(tiny_model):
 
 def test_the_units_of_the_coefficients_do_not_matter(tiny_model):
     layer = planted_transcoder(tiny_model)
-    expected = sparse_probing(layer, tiny_model, planted_texts(share=0.6), **SMALL).probes
+    expected = sparse_probing(tiny_model, layer, planted_texts(share=0.6), **SMALL).probes
     layer.W_enc *= 1e-4
     layer.b_enc *= 1e-4
-    actual = sparse_probing(layer, tiny_model, planted_texts(share=0.6), **SMALL).probes
+    actual = sparse_probing(tiny_model, layer, planted_texts(share=0.6), **SMALL).probes
     assert [probe.scores for probe in actual] == [probe.scores for probe in expected]
 
 
 def test_float16_features_are_close(tiny_model):
     texts = planted_texts().texts
-    precise = pool({"mxd": random_mxd(D_MODEL)}, tiny_model, texts, progress=False).features["mxd"]
+    precise = pool(tiny_model, {"mxd": random_mxd(D_MODEL)}, texts, progress=False).features["mxd"]
     half = random_mxd(D_MODEL).to(dtype=torch.float16)
-    rough = pool({"mxd": half}, tiny_model, texts, progress=False).features["mxd"]
+    rough = pool(tiny_model, {"mxd": half}, texts, progress=False).features["mxd"]
     error = np.abs((precise - rough).toarray()).max(1)
     assert (error > 0).any()
     assert np.median(error) < 2e-3 * precise.max()
@@ -283,10 +283,10 @@ def test_float16_features_are_close(tiny_model):
 @pytest.mark.parametrize("attached", [False, True])
 def test_bridges_and_attached_layers_give_the_same(attached, tiny_folder, tiny_model):
     texts, layers = planted_texts().texts[:20], layers_of_two_hooks()
-    expected = pool(layers, tiny_model, texts, progress=False)
+    expected = pool(tiny_model, layers, texts, progress=False)
     bridge = load_model(tiny_folder, model_class=SAETransformerBridge)
     with bridge.saes(saes=[layers["mxd"]] if attached else []):
-        actual = pool({"mxd": layers["mxd"]}, bridge, texts, progress=False)
+        actual = pool(bridge, {"mxd": layers["mxd"]}, texts, progress=False)
     np.testing.assert_allclose(
         actual.features["mxd"].toarray(), expected.features["mxd"].toarray(), rtol=1e-3, atol=1e-4
     )
@@ -306,7 +306,7 @@ def test_bridges_and_attached_layers_give_the_same(attached, tiny_folder, tiny_m
 )
 def test_more_than_there_is_is_refused(options, message, tiny_model):
     with pytest.raises(ValueError, match=message):
-        sparse_probing(planted_transcoder(tiny_model), tiny_model, planted_texts(), **SMALL | options)
+        sparse_probing(tiny_model, planted_transcoder(tiny_model), planted_texts(), **SMALL | options)
 
 
 def test_a_task_of_one_class():
@@ -322,7 +322,7 @@ def test_a_class_that_cannot_be_split(tiny_model):
         split(rare, 0)
     few = LabelledTexts.of("few", [("cat", "a cat"), ("dog", "a dog")])
     with pytest.raises(ValueError, match="takes 4 documents"):
-        sparse_probing(planted_transcoder(tiny_model), tiny_model, few, **SMALL)
+        sparse_probing(tiny_model, planted_transcoder(tiny_model), few, **SMALL)
 
 
 def test_empty_texts_duplicates_and_contradictions_are_left_out():
@@ -346,46 +346,46 @@ def test_a_text_without_a_token(tiny_model):
     layers = {"layer": planted_transcoder(tiny_model)}
     for texts in (["a cat", "</s> <s>"], ["a cat", ""]):
         with pytest.raises(ValueError, match="no token but special ones"):
-            pool(layers, tiny_model, texts, progress=False)
+            pool(tiny_model, layers, texts, progress=False)
     with pytest.raises(ValueError, match="no text"):
-        pool(layers, tiny_model, [], progress=False)
+        pool(tiny_model, layers, [], progress=False)
 
 
 def test_a_text_longer_than_the_context_is_cut_and_counted(tiny_model):
     layers = {"mxd": random_mxd(D_MODEL)}
     long = " ".join(WORDS * 40)
-    pooled = pool(layers, tiny_model, [long, "the cat"], progress=False)
+    pooled = pool(tiny_model, layers, [long, "the cat"], progress=False)
     assert (pooled.n_cut, pooled.n_tokens.tolist()) == (1, [255, 2])
     layers["mxd"].cfg.metadata.context_size = 9
-    beginning = pool(layers, tiny_model, [" ".join(WORDS[:8]), "the cat"], progress=False)
-    pooled = pool(layers, tiny_model, [long, "the cat"], progress=False)
+    beginning = pool(tiny_model, layers, [" ".join(WORDS[:8]), "the cat"], progress=False)
+    pooled = pool(tiny_model, layers, [long, "the cat"], progress=False)
     assert (pooled.n_cut, beginning.n_cut) == (1, 0)
     np.testing.assert_allclose(
         pooled.features["mxd"].toarray(), beginning.features["mxd"].toarray(), rtol=1e-5
     )
-    assert pool(layers, tiny_model, [long], 5, progress=False).n_tokens.tolist() == [4]
+    assert pool(tiny_model, layers, [long], 5, progress=False).n_tokens.tolist() == [4]
 
 
 def test_layers_of_different_training(tiny_model):
     layers = layers_of_two_hooks()
     layers["sae"].cfg.metadata.prepend_bos = False
     with pytest.raises(ValueError, match="probe them apart"):
-        pool(layers, tiny_model, ["a cat"], progress=False)
+        pool(tiny_model, layers, ["a cat"], progress=False)
     layers["sae"].cfg.metadata.model_name = "gpt2"
     with pytest.raises(ValueError, match="trained on gpt2"):
-        pool(layers, tiny_model, ["a cat"], progress=False)
+        pool(tiny_model, layers, ["a cat"], progress=False)
 
 
 def test_without_scikit_learn(tiny_model, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'mxd-lens\[probing\]'"):
-        sparse_probing(planted_transcoder(tiny_model), tiny_model, planted_texts(), **SMALL)
+        sparse_probing(tiny_model, planted_transcoder(tiny_model), planted_texts(), **SMALL)
 
 
 def test_two_tasks_of_one_name(tiny_model):
     with pytest.raises(ValueError, match="Two tasks have one name: pets, pets"):
         sparse_probing(
-            planted_transcoder(tiny_model), tiny_model, [planted_texts(), planted_texts(0.5)], **SMALL
+            tiny_model, planted_transcoder(tiny_model), [planted_texts(), planted_texts(0.5)], **SMALL
         )
 
 
@@ -394,7 +394,7 @@ def test_two_tasks_of_one_name(tiny_model):
 
 def test_the_results_are_kept_and_shown(tiny_model, tmp_path):
     layers = {"<mxd>": random_mxd(D_MODEL)}
-    result = sparse_probing(layers, tiny_model, planted_texts(), seeds=(0, 7), **SMALL)
+    result = sparse_probing(tiny_model, layers, planted_texts(), seeds=(0, 7), **SMALL)
     result.save(tmp_path / "probing.json")
     assert SparseProbing.load(tmp_path / "probing.json") == result
     facts = result.tasks["pets"]
@@ -561,7 +561,7 @@ def test_a_real_models_experts_know_languages(smollm2):
     mxd = MxD.from_pretrained("smollm2-135m-mxd", "blocks.11.mlp")
     # Fewer texts leave three of a class to test on, and the scores to chance.
     task = load_task("language", n_texts=144)
-    result = sparse_probing(mxd, smollm2, task, seeds=range(5), ks=(1, 5), context_size=24, progress=False)
+    result = sparse_probing(smollm2, mxd, task, seeds=range(5), ks=(1, 5), context_size=24, progress=False)
     (always,) = {round(s.f1, 3) for s in result.by_seed("language", ALWAYS, CONSTANT)}
     one = [scores.f1 for scores in result.by_seed("language", "mxd", ONE)]
     dense = [scores.f1 for scores in result.by_seed("language", "blocks.11.mlp.hook_in", ALL)]
@@ -573,5 +573,5 @@ def test_a_task_of_ones_own_by_name(tiny_model, monkeypatch):
     task = planted_texts()
     passages = [Passage(*row) for row in zip(task.labels, task.texts, task.sources, strict=True)]
     monkeypatch.setitem(TASKS, "pets", ProbingTask("pets", "which pet", "given", lambda: passages))
-    result = sparse_probing(planted_transcoder(tiny_model), tiny_model, "pets", n_texts=60, **SMALL)
+    result = sparse_probing(tiny_model, planted_transcoder(tiny_model), "pets", n_texts=60, **SMALL)
     assert result.tasks["pets"].balance == {"cat": 20, "dog": 20, "neither": 20}

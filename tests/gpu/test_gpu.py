@@ -202,7 +202,7 @@ def test_a_layer_on_the_gpu_is_attached_and_evaluated(
         ],
     )
     torch.testing.assert_close(seen["y"], sae(seen["x"]))
-    report = evaluate(sae, gpu_model, tokens, progress=False)
+    report = evaluate(gpu_model, sae, tokens, progress=False)
     on_cpu = evaluate(sae.to("cpu"), load_model(tiny_folder), tokens.cpu(), progress=False)
     assert report.normalized_mse == pytest.approx(on_cpu.normalized_mse, rel=1e-4)
     assert report.ce_loss_replaced == pytest.approx(on_cpu.ce_loss_replaced, rel=1e-4)

@@ -70,7 +70,7 @@ class TestALayer:
         """On another text, which is far from what it was trained on: to a factor, and by the median."""
         sae = PairedTranscoder.from_pretrained(layer.release, layer.sae_id)
         tokens = token_sequences(smollm2, load_text(EMBEDDED), 4)
-        report = evaluate(sae, smollm2, tokens, progress=False)
+        report = evaluate(smollm2, sae, tokens, progress=False)
         assert report.normalized_mse_median < 2 * layer.report["normalized_mse_median"]
         assert report.ce_loss_recovered > 0.5
         assert report.normalized_mse_shuffled_gate > 1.5 * report.normalized_mse

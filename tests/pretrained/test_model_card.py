@@ -151,7 +151,7 @@ def measured(tiny_folder: Path) -> Any:
     metadata = SAEMetadata(model_name=str(tiny_folder), hook_name=HOOK_IN, hook_name_out=HOOK_OUT)
     layer = random_layer(d_in=D_MODEL, d_out=D_MODEL, metadata=metadata)
     tokens = torch.randint(3, 20, (4, 16), generator=torch.Generator().manual_seed(0))
-    return layer, evaluate(layer, model, tokens, progress=False)
+    return layer, evaluate(model, layer, tokens, progress=False)
 
 
 def test_every_number_of_the_tables_stands_in_the_report(measured: Any) -> None:
@@ -344,6 +344,6 @@ def test_the_sentences_are_about_the_layer(smollm2: Any) -> None:
     layer = random_layer("topk_transcoder", d_in=576, d_out=576, metadata=metadata)
     layer.W_dec.data.zero_()
     tokens = token_sequences(smollm2, [{"text": "The cat sat on the mat. " * 20}], 1, 32)
-    card = card_of(layer, {"a cat": evaluate(layer, smollm2, tokens, progress=False)})
+    card = card_of(layer, {"a cat": evaluate(smollm2, layer, tokens, progress=False)})
     assert "the features explain nothing that a constant alone would not" in card
     assert metadata_of(card)["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"

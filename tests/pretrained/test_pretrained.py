@@ -215,7 +215,7 @@ def test_attached_it_keeps_its_skip(skip_pair, sae_model) -> None:  # noqa: F811
 def test_it_is_judged_as_it_runs(skip_pair, tiny_model) -> None:
     theirs, ours = skip_pair
     tokens = torch.randint(3, 20, (4, 12))
-    judged, expected = (evaluate(sae, tiny_model, tokens).to_dict() for sae in (ours, theirs))
+    judged, expected = (evaluate(tiny_model, sae, tokens).to_dict() for sae in (ours, theirs))
     for name, value in expected.items():
         if isinstance(value, float):
             assert judged[name] == pytest.approx(value, rel=1e-5), name

@@ -9,8 +9,8 @@ import pytest
 import torch
 from command_line import run
 from conftest import HOOK_OUT
+from layers import make_layer, skip_of, written_by
 from test_attach import MODELS, PROMPT
-from test_decomposition import make_layer, skip_of, written_by
 from torch.nn import functional as F
 
 from mxd_lens import MxD, replacement_hooks
@@ -172,7 +172,7 @@ def test_what_cannot_be_compared(model):
         of({"a": one}, torch.zeros(0, dtype=torch.long))
     with pytest.raises(ValueError, match="special tokens"):
         of({"a": one}, torch.tensor([1, 2]))
-    with pytest.raises(ValueError, match="text for the mean gate has no tokens"):
+    with pytest.raises(ValueError, match="text for the mean has no tokens"):
         of({"a": one}, text=torch.tensor([[1, 2]]))
     with model.saes(saes=[one]), pytest.raises(ValueError, match=r"attached at blocks\.1\.hook_mlp_out"):
         of({"a": one})

@@ -23,17 +23,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mxd_lens.analysis.decomposition import expert_ids
+from mxd_lens.analysis.logit_lens import extreme_logits, read_norm
 from mxd_lens.analysis.statistics import fingerprint
 from mxd_lens.analysis.token_text import vocabulary_text
-from mxd_lens.analysis.weights import (
-    coactive_experts,
-    extreme_logits,
-    mean_gate_share,
-    read_norm,
-    similar_experts,
-    spectrum,
-)
+from mxd_lens.analysis.weights import coactive_experts, mean_gate_share, similar_experts, spectrum
+from mxd_lens.architectures.base import expert_ids
 from mxd_lens.dashboards.collect.data import (
     CollectionConfig,
     DashboardData,
@@ -88,7 +82,7 @@ def collect_dashboard(
     Raises:
         IndexError: there is no such expert.
         ValueError: the folder holds the data of another call, or the layer does not belong to the model or
-            is attached, or `tokens` are no ids, or no expert is named; or as `take_apart`.
+            is attached, or `tokens` are no ids, or no expert is named; or as `decompose`.
     """
     cfg = cfg or CollectionConfig()
     check_fits(model, sae)

@@ -146,13 +146,13 @@ class Chosen:
         end = int(self._ends[rows].max())
         tokens = self.tokens[sequences, :end]
         if self.cfg.loss_effects:
-            losses, written = losses_without(sae, model, tokens, experts)
+            losses, written = losses_without(model, sae, tokens, experts)
             effects = losses.cpu() - torch.stack([base[s][:end] for s in sequences.tolist()])
             # Before its first firing an expert changes nothing, and the rest is rounding.
             begun = written.coefficients.cpu().ne(0).cumsum(-1) > 0
             self.measured["effects"][rows, :end] = torch.where(begun | effects.isnan(), effects, 0.0)
         else:
-            written = written_by(sae, model, tokens, experts)
+            written = written_by(model, sae, tokens, experts)
         self.measured["values"][rows, :end] = written.coefficients.cpu().float()
         self.measured["norms"][rows, :end] = written.norms.cpu().float()
         peaks = self._peaks[rows]
@@ -180,7 +180,7 @@ class Chosen:
             bar.update(done)
             for n_batches, rows in enumerate(self._batches(order, ends, done), start=1):
                 end = int(ends[rows].max())
-                losses[rows, :end] = losses_with(sae, model, self.tokens[needed[rows], :end]).cpu()
+                losses[rows, :end] = losses_with(model, sae, self.tokens[needed[rows], :end]).cpu()
                 done += len(rows)
                 if checkpoint is not None and (
                     n_batches % self.cfg.checkpoint_every == 0 or done == len(order)

@@ -10,7 +10,9 @@ from sae_lens import SAE
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mxd_lens.analysis.decomposition import Parts, expert_directions, kept_tokens, layer_input, take_apart
+from mxd_lens.analysis.decomposition import Parts, decomposable
+from mxd_lens.analysis.firings import Reading, read_batch
+from mxd_lens.analysis.sequences import batch_of
 from mxd_lens.analysis.statistics import ExpertStatistics
 from mxd_lens.dashboards.collect.data import CollectionConfig
 from mxd_lens.dashboards.collect.streams import BestRows, Histograms, largest_of_each, priorities
@@ -62,28 +64,20 @@ class Firings:
         with tqdm(total=len(tokens), desc="Reading the text", disable=not progress, unit="seq") as bar:
             bar.update(self.next_sequence)
             for n_batches, start in enumerate(range(self.next_sequence, len(tokens), size), start=1):
-                batch = tokens[start : start + size]
-                kept = kept_tokens(self.sae, model, batch)
-                x = layer_input(self.sae, model, batch)[kept.to(self.sae.W_dec.device)]
-                sequence, position = kept.cpu().nonzero(as_tuple=True)
-                self.add(x, sequence + start, position)
-                self.next_sequence = start + len(batch)
+                batch = batch_of(tokens[start : start + size], start)
+                self.add(read_batch(model, {"": self.sae}, batch)[""])
+                self.next_sequence = start + len(batch.tokens)
                 if checkpoint is not None and (
                     n_batches % self.cfg.checkpoint_every == 0 or self.next_sequence == len(tokens)
                 ):
                     checkpoint.save(STAGE, self.state())
-                bar.update(len(batch))
+                bar.update(len(batch.tokens))
 
-    def add(
-        self,
-        x: Float[Tensor, "tokens d_in"],
-        sequence: Int[Tensor, " tokens"],
-        position: Int[Tensor, " tokens"],
-    ) -> None:
-        """Counts in inputs of the layer; where each stands in the text decides what is drawn."""
-        parts = take_apart(self.sae, x)
+    def add(self, reading: Reading) -> None:
+        """Count in what the layer does on a batch; where each token is in the text decides what is drawn."""
+        parts, sequence, position = reading.parts, reading.sequence, reading.position
         self.statistics.add_parts(parts)
-        self.input_sum += x.double().sum(0)
+        self.input_sum += reading.inputs.double().sum(0).to(self.input_sum.device)
         self._add_shares(parts)
         token_of, expert, a = parts.fired
         slot = self.slots[expert.cpu()]
@@ -102,13 +96,13 @@ class Firings:
         priority = priorities(self.cfg.seed, expert, sequence, position)
         self.rows["sample"].add(slot, priority, value=a, sequence=sequence, position=position)
         may_stay = self.rows["directions"].may_stay(slot, priority)
-        decoder_out = parts.decoder_out[token_of[may_stay].to(parts.decoder_out.device)].cpu()
+        expert_input = parts.expert_input[token_of[may_stay].to(parts.expert_input.device)].cpu()
         self.rows["directions"].add(
-            slot[may_stay], priority[may_stay], value=a[may_stay], decoder_out=decoder_out
+            slot[may_stay], priority[may_stay], value=a[may_stay], expert_input=expert_input
         )
 
     def _add_shares(self, parts: Parts) -> None:
-        """<a_n c_n * v, y - b> / ||y - b||^2 for every firing."""
+        """<a_n u_n, y - b> / ||y - b||^2 for every firing."""
         output = parts.output
         squared = output.pow(2).sum(-1, keepdim=True)
         self.n_shares += int((squared > 0).sum())
@@ -127,7 +121,9 @@ class Firings:
     def sampled_directions(self, expert: int) -> tuple[Float[Tensor, "n d_out"], Float[Tensor, " n"]]:
         """What a coefficient of 1 writes at a uniform sample of an expert's firings, and the coefficients."""
         rows = self.rows["directions"].of(int(self.slots[expert]))
-        return expert_directions(self.sae)[expert].cpu() * rows["decoder_out"], rows["value"]
+        layer, device = decomposable(self.sae), self.sae.W_dec.device
+        ids = torch.full((len(rows["value"]), 1), expert, device=device)
+        return layer.written_by(ids, rows["expert_input"].to(device))[:, 0].cpu(), rows["value"]
 
     # To go on later
 

@@ -25,12 +25,13 @@ from sae_lens import SAE
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mxd_lens.analysis.decomposition import active_experts, input_hook, run_to
+from mxd_lens.analysis.firings import input_hook, read_batch
+from mxd_lens.analysis.sequences import token_batches
 from mxd_lens.artifacts.tables import Cell, Tabular
 from mxd_lens.evals.probing.logistic import single_feature_probes
 from mxd_lens.evals.probing.tasks import OFFLINE_TASKS, LabelledTexts, load_task
 from mxd_lens.hooks.site import check_trained_on, hook_names
-from mxd_lens.models import special_token_ids
+from mxd_lens.models import model_first, ordinary_tokens
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -217,9 +218,10 @@ def spread(values: Sequence[float]) -> float:
     return stdev(values) if len(values) > 1 else math.nan
 
 
+@model_first
 def sparse_probing(
-    saes: SAE[Any] | Mapping[str, SAE[Any]],
     model: Any,
+    saes: SAE[Any] | Mapping[str, SAE[Any]],
     tasks: str | LabelledTexts | Sequence[str | LabelledTexts] = OFFLINE_TASKS,
     seeds: Sequence[int] = (0,),
     ks: Sequence[int] = KS,
@@ -231,7 +233,7 @@ def sparse_probing(
 ) -> SparseProbing:
     """How well single experts, and k together, tell the classes of some tasks apart.
 
-        result = sparse_probing({"MxD": mxd, "transcoder": transcoder}, model, seeds=range(5))
+        result = sparse_probing(model, {"MxD": mxd, "transcoder": transcoder}, seeds=range(5))
 
     For each class and split, with f_n(text) the mean of a_n over the text's tokens without special ones:
 
@@ -248,8 +250,8 @@ def sparse_probing(
     The language model runs once over each text, for all layers and all seeds.
 
     Args:
-        saes: a layer, or several by name. Where their hook points differ, each reads at its own.
         model: any hooked model.
+        saes: a layer, or several by name. Where their hook points differ, each reads at its own.
         tasks: names in `probing_tasks.TASKS`, or texts of your own (`LabelledTexts.of`).
         seeds: of the splits; the scores' spread is over them.
         ks: experts in the k-sparse probes.
@@ -277,7 +279,7 @@ def sparse_probing(
 
     facts, probes = {}, []
     for task in named:
-        pooled = pool(layers, model, task.texts, context_size, batch_size, progress)
+        pooled = pool(model, layers, task.texts, context_size, batch_size, progress)
         labels = np.array(task.labels)
         facts[task.name] = TaskFacts(
             provider=task.provider,
@@ -359,8 +361,8 @@ class PooledTexts:
 
 @torch.no_grad()
 def pool(
-    saes: Mapping[str, SAE[Any]],
     model: Any,
+    saes: Mapping[str, SAE[Any]],
     texts: Sequence[str],
     context_size: int | None = None,
     batch_size: int = 16,
@@ -372,8 +374,8 @@ def pool(
     values and ids throughout.
 
     Args:
-        saes: the layers by name.
         model: any hooked model.
+        saes: the layers by name.
         texts: at least one; a longer one than the context is cut.
         context_size, batch_size, progress: as for `sparse_probing`.
 
@@ -385,36 +387,29 @@ def pool(
 
     for sae in saes.values():
         check_trained_on(model, sae)
-    hook_of = {name: input_hook(sae, model) for name, sae in saes.items()}
+    hook_of = {name: input_hook(model, sae) for name, sae in saes.items()}
     sequences, n_cut = tokenized(model, texts, saes, context_of(saes, model, context_size))
-    special = torch.tensor(special_token_ids(model, True))
     # Texts of one length together: little padding, and the same batches in whatever order they come.
     order = sorted(range(len(texts)), key=lambda i: (len(sequences[i]), texts[i]))
     features: dict[str, list[Any]] = {name: [] for name in saes}
     activations: dict[str, list[np.ndarray]] = {hook: [] for hook in hook_of.values()}
     n_tokens: list[np.ndarray] = []
-    with tqdm(total=len(texts), desc="Reading texts", disable=not progress) as bar:
-        for start in range(0, len(texts), batch_size):
-            batch = [sequences[i] for i in order[start : start + batch_size]]
-            # What stands behind a text is not seen by it, and any token will do.
-            tokens = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=int(batch[0][0]))
-            lengths = torch.tensor([len(sequence) for sequence in batch])
-            kept = (torch.arange(tokens.shape[1]) < lengths[:, None]) & ~torch.isin(tokens, special)
-            counts = kept.sum(1)
-            if not counts.all():
-                empty = texts[order[start + int(counts.argmin())]]
-                raise ValueError(f"A text has no token but special ones: {empty[:80]!r}.")
-            captured = run_to(model, tokens, activations)
-            text_of = kept.nonzero()[:, 0].numpy()
-            weights = (1 / counts.double())[text_of]
-            means = csr_matrix((weights.numpy(), (text_of, np.arange(len(text_of)))))
-            for hook, x in captured.items():
-                activations[hook].append(means @ x[kept.to(x.device)].double().cpu().numpy())
-            for name, sae in saes.items():
-                x = captured[hook_of[name]]
-                features[name].append(means @ coefficients(sae, x[kept.to(x.device)]))
-            n_tokens.append(counts.numpy())
-            bar.update(len(batch))
+    for batch in token_batches([sequences[i] for i in order], batch_size, "Reading texts", progress):
+        counted = batch.present & ordinary_tokens(model, batch.tokens, True)
+        counts = counted.sum(1)
+        if not counts.all():
+            empty = texts[order[batch.first + int(counts.argmin())]]
+            raise ValueError(f"A text has no token but special ones: {empty[:80]!r}.")
+        readings = read_batch(model, saes, batch, hook_of, counted)
+        text_of = counted.nonzero()[:, 0].numpy()
+        weights = (1 / counts.double())[text_of]
+        means = csr_matrix((weights.numpy(), (text_of, np.arange(len(text_of)))))
+        for hook in activations:
+            name = next(name for name in saes if hook_of[name] == hook)
+            activations[hook].append(means @ readings[name].inputs.double().cpu().numpy())
+        for name, reading in readings.items():
+            features[name].append(means @ reading.firings.matrix)
+        n_tokens.append(counts.numpy())
     back = np.argsort(order)
     return PooledTexts(
         {name: vstack(blocks, format="csr")[back] for name, blocks in features.items()},
@@ -445,16 +440,6 @@ def tokenized(
         if len(sequence) == len(first):
             raise ValueError(f"A text has no token but special ones: {text[:80]!r}.")
     return [torch.tensor(sequence[:context]) for sequence in ids], sum(len(s) > context for s in ids)
-
-
-def coefficients(sae: SAE[Any], x: Float[Tensor, "tokens d_in"]) -> "csr_matrix":
-    """The experts' coefficients at some tokens, [tokens, d_sae]."""
-    from scipy.sparse import csr_matrix
-
-    values, experts = active_experts(sae, x.to(sae.W_dec))
-    token_of, slot = values.nonzero(as_tuple=True)
-    fired, ids = values[token_of, slot].double().cpu().numpy(), experts[token_of, slot].cpu().numpy()
-    return csr_matrix((fired, (token_of.cpu().numpy(), ids)), shape=(len(x), sae.cfg.d_sae))
 
 
 # Probes
