@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from platformdirs import user_cache_path
 from sae_lens import SAE, HookedSAETransformer
+from sae_lens.analysis.hooked_sae_transformer import set_deep_attr
 from sae_lens.util import (
     extract_stop_at_layer_from_tlens_hook_name,
     get_special_token_ids,
@@ -287,8 +288,8 @@ def attached_layer(model: Any, name: str) -> SAE[Any] | None:
     return getattr(hook_point(model, name), "sae", None)
 
 
-_fires: "weakref.WeakKeyDictionary[Any, set[str]]" = weakref.WeakKeyDictionary()
-"""The hook points that have been seen to fire, by model."""
+_fired: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+"""The hook points, and what is attached there, that have been seen to fire."""
 
 
 @torch.no_grad()
@@ -297,19 +298,17 @@ def check_fires(model: Any, *names: str) -> None:
 
     The model runs one token, once for each hook point.
     """
-    fired = _fires.setdefault(model, set())
-    points = [hook_point_name(model, name) for name in names]
-    if fired.issuperset(points) and all(attached_layer(model, point) is None for point in points):
+    points = {name: hook_point_name(model, name) for name in names}
+    modules = {name: hook_point(model, name) for name in names}
+    if all(module in _fired for module in modules.values()):
         return
-    now: set[str] = set()
     with contextlib.ExitStack() as stack:
-        for point in points:
-            stack.callback(listen(hook_point(model, point), lambda *_, point=point: now.add(point)))
-        run_one_token(model, points)
-    for name, point in zip(names, points, strict=True):
-        if point not in now:
-            raise ValueError(_does_not_fire(model, name, point))
-    fired |= now
+        for module in modules.values():
+            stack.callback(listen(module, lambda module, *_: _fired.add(module)))
+        run_one_token(model, list(points.values()))
+    for name, module in modules.items():
+        if module not in _fired:
+            raise ValueError(_does_not_fire(model, name, points[name]))
 
 
 def run_one_token(model: Any, points: list[str]) -> None:
@@ -402,6 +401,7 @@ class _Attaching:
         metadata = sae.cfg.metadata
         names = [name for name in (metadata.hook_name, metadata.hook_name_out) if name]
         check_fires(self, *names)
+        free = hook_point(self, names[-1])
         super().add_sae(sae, use_error_term=use_error_term)  # type: ignore[misc]
         wrapper = self._acts_to_saes[metadata.hook_name]
         wrapper.register_forward_hook(lambda _wrapper, args, output: output.to(args[0]))
@@ -409,7 +409,10 @@ class _Attaching:
         try:
             check_fires(self, names[-1])
         except BaseException:
+            point = hook_point_name(self, names[-1])
             self.reset_saes(metadata.hook_name)  # type: ignore[attr-defined]
+            set_deep_attr(self, point, free)  # the model runs the hook point that it was made with
+            self._hook_registry[point] = free  # type: ignore[attr-defined]
             raise
 
     @contextlib.contextmanager

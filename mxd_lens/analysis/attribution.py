@@ -30,7 +30,7 @@ from mxd_lens.analysis.prompt import one_prompt
 from mxd_lens.architectures.base import expert_ids
 from mxd_lens.artifacts.tables import Cell, Tabular
 from mxd_lens.hooks.site import check_trained_on, hook_names
-from mxd_lens.models import hook_point_name, model_first, normalises_what_mlps_write
+from mxd_lens.models import check_fires, hook_point_name, model_first, normalises_what_mlps_write
 
 if TYPE_CHECKING:
     import pandas
@@ -163,6 +163,7 @@ def read_stream(
     earlier = _by_block(layers, at)
     for layer in (sae, *earlier.values()):
         check_trained_on(model, layer)
+        check_fires(model, hook_names(layer)[0])
     return Stream.of(model, tokens, position % len(tokens), at, [sae, *earlier.values()]), earlier, n
 
 

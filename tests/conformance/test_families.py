@@ -60,12 +60,14 @@ def layer() -> MxD:
     return mxd.requires_grad_(False)
 
 
-def moved(mxd: MxD, coefficient: float, mode: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def moved(
+    mxd: MxD, coefficient: float, mode: str, expert: int = EXPERT
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """The layer with an expert's coefficient moved, written out."""
 
     def replacement(x: torch.Tensor, _y: torch.Tensor) -> torch.Tensor:
         a = mxd.encode(x).clone()
-        a[..., EXPERT] = coefficient + (a[..., EXPERT] if mode == "add" else 0)
+        a[..., expert] = coefficient + (a[..., expert] if mode == "add" else 0)
         return mxd.decode(a, x)
 
     return replacement
@@ -156,8 +158,10 @@ def use_direct_effects(model: Any, mxd: MxD, reference: Reference) -> None:
 
 def use_dashboard(model: Any, mxd: MxD, reference: Reference) -> None:
     cfg = CollectionConfig(loss_effects=True)
-    data = collect_dashboard(model, mxd, TOKENS, experts=[EXPERT], cfg=cfg, progress=False)
-    a = mxd.encode(reference.pairs(TOKENS)[0])[..., EXPERT]
+    a = mxd.encode(reference.pairs(TOKENS)[0])
+    expert = int(a.sum((0, 1)).argmax())
+    data = collect_dashboard(model, mxd, TOKENS, experts=[expert], cfg=cfg, progress=False)
+    a = a[..., expert]
     (shown,) = data.experts.values() if isinstance(data.experts, dict) else data.experts
     assert shown.n_firings == (a > 0).sum() > 0
     close(torch.tensor(shown.maximum), a.max())
@@ -166,7 +170,7 @@ def use_dashboard(model: Any, mxd: MxD, reference: Reference) -> None:
     close(torch.tensor(top.values), a[top.sequence, top.start : top.start + len(top.values)])
     losses = [
         F.cross_entropy(reference.logits(row, replacement)[0, :-1], row[0, 1:], reduction="none")
-        for replacement in (moved(mxd, 0.0, "set"), lambda x, _y: mxd(x))
+        for replacement in (moved(mxd, 0.0, "set", expert), lambda x, _y: mxd(x))
     ]
     effects = torch.tensor(top.loss_effects)
     known = effects.isfinite()
