@@ -220,6 +220,7 @@ def __dir__() -> list[str]:
 def _tell_saelens(_: Any) -> None:
     importlib.import_module("mxd_lens.architectures")
     importlib.import_module("mxd_lens.pretrained.registry").register_with_saelens()
+    importlib.import_module("mxd_lens.pretrained.saelens_loaders").register_with_saelens()
 
 
 # `SAE.load_from_disk` and `SAE.from_pretrained` must know the architectures and the releases, and

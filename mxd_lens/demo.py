@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 from datasets import Dataset
-from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
+from sae_lens.constants import SAE_CFG_FILENAME
 
 from mxd_lens.architectures.mxd import MxD, TrainingMxDConfig, matched_n_experts
 from mxd_lens.artifacts.tables import printable
@@ -17,7 +17,6 @@ from mxd_lens.text import EMBEDDED, load_text, split_text, token_sequences
 from mxd_lens.training.runner import (
     TranscoderRunnerConfig,
     TranscoderTrainingRunner,
-    read_json,
     refuse_other_settings,
 )
 
@@ -88,7 +87,7 @@ def run_demo(
         n_checkpoints=3,
     )
     if (output / SAE_CFG_FILENAME).exists():
-        refuse_other_settings(output, read_json(output / RUNNER_CFG_FILENAME), cfg)
+        refuse_other_settings(output, cfg)
     else:
         TranscoderTrainingRunner(
             cfg, override_dataset=Dataset.from_dict({"tokens": train.tolist()}), override_model=model

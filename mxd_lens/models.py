@@ -395,12 +395,14 @@ class _Attaching:
                 tokenizer), in `generate` too.
 
         Raises:
-            ValueError: the model has no such hook points or does not run them; when run, if special tokens
+            ValueError: the model has no such hook points or does not run them, or the layer was trained on
+                weights processed otherwise; when run, if special tokens
                 are excluded and the model is given embeddings, so that it is not known which they are.
         """
         metadata = sae.cfg.metadata
         names = [name for name in (metadata.hook_name, metadata.hook_name_out) if name]
         check_fires(self, *names)
+        check_processing(self, sae)
         free = hook_point(self, names[-1])
         super().add_sae(sae, use_error_term=use_error_term)  # type: ignore[misc]
         wrapper = self._acts_to_saes[metadata.hook_name]
@@ -412,7 +414,10 @@ class _Attaching:
             point = hook_point_name(self, names[-1])
             self.reset_saes(metadata.hook_name)  # type: ignore[attr-defined]
             set_deep_attr(self, point, free)  # the model runs the hook point that it was made with
-            self._hook_registry[point] = free  # type: ignore[attr-defined]
+            if hasattr(self, "_hook_registry"):
+                self._hook_registry[point] = free
+            else:
+                self.setup()  # type: ignore[attr-defined]
             raise
 
     @contextlib.contextmanager
@@ -484,12 +489,18 @@ class TokenIds:
         self._now = new if new is not None and new.shape[1] == n else None
 
 
-@functools.cache
-def _attaching(model_class: Any) -> Any:
+def _attaching(model_class: type[Any]) -> type[Any]:
     """A class of models with `_Attaching`, if layers can be attached to it."""
     if not hasattr(model_class, "add_sae"):
         return model_class
-    return type(model_class.__name__, (_Attaching, model_class), {"__doc__": model_class.__doc__})
+    if model_class not in _attaching_classes:
+        _attaching_classes[model_class] = type(
+            model_class.__name__, (_Attaching, model_class), {"__doc__": model_class.__doc__}
+        )
+    return _attaching_classes[model_class]
+
+
+_attaching_classes: dict[type[Any], type[Any]] = {}
 
 
 def block_of(model: Any, name: str) -> tuple[int, nn.Module]:
@@ -522,6 +533,28 @@ def weight_processing(model: Any) -> list[str]:
         if some.mean(-1).abs().max() < 1e-3 * some.std():
             steps.append("center_writing_weights")
     return steps
+
+
+def check_processing(model: Any, sae: SAE[Any]) -> None:
+    """Raises ValueError where a layer was trained on a model with other processing of its weights.
+
+    Warns where the layer does not record it and this model's weights are processed.
+    """
+    trained_on, runs_on = sae.cfg.metadata.weight_processing, weight_processing(model)
+    if trained_on is None:
+        if runs_on:
+            warnings.warn(
+                "This layer does not record whether it was trained on processed weights, and the weights of "
+                f"this model are ({', '.join(runs_on)}). If it was not, its results here are wrong.",
+                stacklevel=3,
+            )
+    elif sorted(trained_on) != sorted(runs_on):
+        was, now = (f"processed ({', '.join(s)})" if s else "unprocessed" for s in (trained_on, runs_on))
+        raise ValueError(
+            f"This layer was trained on {was} weights, and this model has {now} ones. load_model gives "
+            "unprocessed weights; HookedSAETransformer.from_pretrained and a bridge's "
+            "enable_compatibility_mode process them."
+        )
 
 
 def normalises_what_mlps_write(model: Any) -> bool:

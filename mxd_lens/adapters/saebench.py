@@ -139,10 +139,9 @@ class SAEBenchLayer(nn.Module):
             )
         if directions is None:
             directions = expert_directions(sae)
-        elif directions.shape != sae.W_dec.shape:
-            raise ValueError(
-                f"expected a direction an expert, {tuple(sae.W_dec.shape)}, got {tuple(directions.shape)}."
-            )
+        shape = (sae.cfg.d_sae, len(sae.b_dec))
+        if directions.shape != shape:
+            raise ValueError(f"expected one direction per expert, {shape}, got {tuple(directions.shape)}.")
         norms = directions.detach().nan_to_num().norm(dim=-1).to(sae.W_dec)
         self.sae = sae
         self.inputs = inputs

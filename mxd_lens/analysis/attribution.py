@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float, Int
 from sae_lens import SAE
-from sae_lens.util import extract_layer_from_tlens_hook_name
 from torch import Tensor
 
 from mxd_lens.analysis.decomposition import decompose
@@ -29,7 +28,7 @@ from mxd_lens.analysis.logit_lens import Norm, read_norm
 from mxd_lens.analysis.prompt import one_prompt
 from mxd_lens.architectures.base import expert_ids
 from mxd_lens.artifacts.tables import Cell, Tabular
-from mxd_lens.hooks.site import check_trained_on, hook_names
+from mxd_lens.hooks.site import block_of_layer, check_trained_on, hook_names
 from mxd_lens.models import check_fires, hook_point_name, model_first, normalises_what_mlps_write
 
 if TYPE_CHECKING:
@@ -138,7 +137,12 @@ def direct_effects(
     stream, earlier, n = read_stream(model, sae, expert, prompt, position, layers)
     effects, pre_activation = stream.effects(sae, n, earlier)
     return DirectEffects(
-        effects, pre_activation, n, block_of(sae), stream.position, model.tokenizer.decode([stream.token])
+        effects,
+        pre_activation,
+        n,
+        block_of_layer(sae),
+        stream.position,
+        model.tokenizer.decode([stream.token]),
     )
 
 
@@ -159,24 +163,12 @@ def read_stream(
     tokens = one_prompt(model, prompt)
     if not -len(tokens) <= position < len(tokens):
         raise IndexError(f"there is no token {position}: the prompt has {len(tokens)}.")
-    at = block_of(sae)
+    at = block_of_layer(sae)
     earlier = _by_block(layers, at)
     for layer in (sae, *earlier.values()):
         check_trained_on(model, layer)
         check_fires(model, hook_names(layer)[0])
     return Stream.of(model, tokens, position % len(tokens), at, [sae, *earlier.values()]), earlier, n
-
-
-def block_of(sae: SAE[Any]) -> int:
-    """The block whose MLP a layer stands for.
-
-    Raises:
-        ValueError: its metadata names none.
-    """
-    block = extract_layer_from_tlens_hook_name(hook_names(sae)[1])
-    if block is None:
-        raise ValueError(f"{hook_names(sae)[1]} is in no block: this layer stands for no MLP.")
-    return block
 
 
 @dataclass(frozen=True)
@@ -248,7 +240,7 @@ class Stream:
 
     def effects(self, sae: SAE[Any], n: int, earlier: Mapping[int, SAE[Any]]) -> tuple[list[Effect], float]:
         """The direct effects on the pre-activation of expert n of one of the layers, and that itself."""
-        at = block_of(sae)
+        at = block_of_layer(sae)
         n_attention = at if _side_by_side(self.model) else at + 1
         r = self.before[at] + (self.attention(at) if n_attention > at else 0)
         x = self.inputs[id(sae)]
@@ -334,7 +326,7 @@ def _norm_and_scale(
 def _by_block(layers: Iterable[SAE[Any]], last: int) -> dict[int, SAE[Any]]:
     by_block: dict[int, SAE[Any]] = {}
     for layer in layers:
-        block = block_of(layer)
+        block = block_of_layer(layer)
         if block >= last:
             raise ValueError(f"the layer of block {block} is not earlier than block {last}.")
         if block in by_block:

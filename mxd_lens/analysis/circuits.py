@@ -18,9 +18,9 @@ from jaxtyping import Int
 from sae_lens import SAE
 from torch import Tensor
 
-from mxd_lens.analysis.attribution import Effect, block_of, read_stream
+from mxd_lens.analysis.attribution import Effect, read_stream
 from mxd_lens.artifacts.tables import Cell, Tabular, percent
-from mxd_lens.hooks.site import hook_names
+from mxd_lens.hooks.site import block_of_layer, hook_names
 from mxd_lens.models import model_first
 
 BEAM = 512
@@ -153,8 +153,8 @@ def strongest_paths(
     if width < 0:
         raise ValueError(f"width must not be negative, got {width}.")
     stream, earlier, n = read_stream(model, sae, expert, prompt, position, layers)
-    saes = earlier | {block_of(sae): sae}
-    target = Vertex("expert", block_of(sae), n)
+    saes = earlier | {block_of_layer(sae): sae}
+    target = Vertex("expert", block_of_layer(sae), n)
     found, pre_activation = stream.effects(sae, n, earlier)
     edges = {target: {Vertex(e.part, e.layer, e.index): e.effect for e in found}}
     effects = dict(edges[target])

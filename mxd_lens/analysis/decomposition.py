@@ -245,7 +245,17 @@ def decompose(sae: SAE[Any], x: Float[Tensor, "tokens d_in"]) -> Parts:
         x = x.to(sae.W_dec)
         a = layer.coefficients(x)
         mixture, skip = layer.mixture(a), layer.skip_out(x)
-        return Parts(layer, sae.cfg.d_sae, *a.active(), layer.expert_input(x), mixture, skip, sae.b_dec)
+        coefficients, experts = a.active()
+        return Parts(
+            layer=layer,
+            d_sae=sae.cfg.d_sae,
+            coefficients=coefficients,
+            experts=experts,
+            expert_input=layer.expert_input(x),
+            mixture=mixture,
+            skip=skip,
+            bias=sae.b_dec,
+        )
 
 
 def active_experts(
@@ -296,14 +306,16 @@ def contributions(
 
 
 def expert_directions(sae: SAE[Any]) -> Float[Tensor, "d_sae d_out"]:
-    """The rows c_n of W_dec. In a transcoder or an SAE they are what a coefficient of 1 writes.
+    """One row per expert of W_dec, c_n. In a transcoder or an SAE it is what a coefficient of 1 writes.
+
+    An architecture with several rows of W_dec per expert has them one behind the other.
 
     SAELens' SAEs with rescale_acts_by_decoder_norm decode with these rows at unit norm.
 
     Raises:
         ValueError: the layer is one of SAELens' that rescales or reshapes its input while it runs.
     """
-    return getattr(decomposable(sae), "directions", sae.W_dec)
+    return getattr(decomposable(sae), "directions", sae.W_dec).reshape(sae.cfg.d_sae, -1)
 
 
 def mixture_rows(sae: SAE[Any]) -> Float[Tensor, "d_sae m"]:

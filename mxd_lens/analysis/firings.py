@@ -83,9 +83,8 @@ class Firings(NamedTuple):
             batch._replace(token_of=batch.token_of + start)
             for batch, start in zip(found, first, strict=False)
         ]
-        return cls(
-            found[0].n_experts, *(torch.cat(part) for part in zip(*(b[1:] for b in shifted), strict=True))
-        )
+        columns: list[Any] = [torch.cat(part) for part in zip(*(batch[1:] for batch in shifted), strict=True)]
+        return cls._make([found[0].n_experts, *columns])
 
 
 class Reading(NamedTuple):
@@ -104,8 +103,9 @@ class Reading(NamedTuple):
     @property
     def firings(self) -> Firings:
         """Which experts fire on these tokens, on the CPU."""
-        fired = (part.cpu() for part in self.parts.fired)
-        return Firings(self.parts.d_sae, *fired, self.token, self.previous, self.sequence, self.position)
+        token_of, expert, coefficient = (part.cpu() for part in self.parts.fired)
+        where = self.token, self.previous, self.sequence, self.position
+        return Firings(self.parts.d_sae, token_of, expert, coefficient, *where)
 
 
 @torch.no_grad()

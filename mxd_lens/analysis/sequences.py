@@ -53,13 +53,13 @@ def token_sequences_of(
     if isinstance(text, Tensor):
         check_tokens(text)
         return text
-    texts = [text] if isinstance(text, str) else list(text)
+    texts: list[Any] = [text] if isinstance(text, str) else list(text)
     if not texts:
         raise ValueError("There is no text: give a string, a list of strings, or token ids.")
     if all(isinstance(one, Tensor) for one in texts):
         for one in texts:
             check_tokens(one[None])
-        return texts  # type: ignore[return-value]
+        return texts
     if not all(isinstance(one, str) for one in texts):
         kinds = ", ".join(sorted({type(one).__name__ for one in texts}))
         raise TypeError(

@@ -99,7 +99,7 @@ class ExpertStatistics(Tabular):
             IndexError: a watched expert does not exist.
         """
         watched_ids = expert_ids(sae, watched).unique()
-        device, (d_sae, d_out) = sae.W_dec.device, sae.W_dec.shape
+        device, d_sae, d_out = sae.W_dec.device, sae.cfg.d_sae, len(sae.b_dec)
         metadata = sae.cfg.metadata
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -148,12 +148,12 @@ class ExpertStatistics(Tabular):
         self.coefficient_sum.index_add_(0, expert, a.double())
         self.coefficient_squared_sum.index_add_(0, expert, a.double() ** 2)
         self.coefficient_max.scatter_reduce_(0, expert, a.double(), "amax")
-        for _, n, block_a, u in parts.contributions():
-            weight, written = block_a.double(), u.to(self.direction_sum)
+        for _, ids, weights, u in parts.contributions():
+            written = u.to(self.direction_sum)
             squares = written.pow(2).sum(-1).double()
-            self.direction_sum.index_add_(0, n, block_a.to(written)[:, None] * written)
-            self.weighted_squared_sum.index_add_(0, n, weight * squares)
-            self.contribution_squared_sum.index_add_(0, n, weight**2 * squares)
+            self.direction_sum.index_add_(0, ids, weights.to(written)[:, None] * written)
+            self.weighted_squared_sum.index_add_(0, ids, weights.double() * squares)
+            self.contribution_squared_sum.index_add_(0, ids, weights.double() ** 2 * squares)
         if len(self.watched):
             slot = torch.searchsorted(self.watched, expert).clamp_max(len(self.watched) - 1)
             hit = self.watched[slot] == expert
@@ -483,10 +483,9 @@ def share_along(
     Raises:
         ValueError: the directions are not [d_sae, d_out]; or as `expert_statistics`.
     """
-    if directions.shape != sae.W_dec.shape:
-        raise ValueError(
-            f"expected one direction per expert, {tuple(sae.W_dec.shape)}, got {tuple(directions.shape)}."
-        )
+    shape = (sae.cfg.d_sae, len(sae.b_dec))
+    if directions.shape != shape:
+        raise ValueError(f"expected one direction per expert, {shape}, got {tuple(directions.shape)}.")
     unit = F.normalize(directions.to(sae.W_dec), dim=-1)
     along, whole = torch.zeros(2, len(unit), dtype=torch.float64, device=unit.device)
     for reading in read(model, {"": sae}, tokens, batch_size, progress):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from mxd_lens.analysis.decomposition import decomposable, mixture_rows
+from mxd_lens.analysis.decomposition import decomposable, expert_directions, mixture_rows
 from mxd_lens.analysis.statistics import ExpertStatistics
 from mxd_lens.architectures.base import expert_ids
 from mxd_lens.artifacts.tables import Cell, Tabular
@@ -171,7 +171,7 @@ def similar_experts(
     if by not in ("decoder", "gate"):
         raise ValueError(f"experts are similar by 'decoder' or 'gate', got {by!r}.")
     ids = expert_ids(sae, experts)
-    unit = F.normalize(sae.W_dec if by == "decoder" else sae.W_enc.T, dim=-1)
+    unit = F.normalize(expert_directions(sae) if by == "decoder" else sae.W_enc.T, dim=-1)
     blocks = ((block, unit[block] @ unit.T) for block in ids.split(BLOCK))
     return _nearest(blocks, k, sae.cfg.d_sae, f"cosine of {'c_n' if by == 'decoder' else 'gates'}")
 

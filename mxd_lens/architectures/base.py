@@ -55,7 +55,7 @@ from transformer_lens.hook_points import HookPoint
 from typing_extensions import Self, override
 
 from mxd_lens.architectures.inputs import EncodedInputs
-from mxd_lens.architectures.saved import download_layer, few, hub_errors, read_folder, shown
+from mxd_lens.architectures.saved import few, hub_errors, locate, read_folder, shown
 from mxd_lens.sparse import topk_gate
 from mxd_lens.sparse.coefficients import Active, Coefficients, Dense
 from mxd_lens.sparse.selection import largest
@@ -287,6 +287,16 @@ class PairedTranscoder(Transcoder):
     def expert_input(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch s"]:
         """s, all that the experts' outputs depend on beside their coefficients. [..., 1] of ones here."""
         return x.new_ones(*x.shape[:-1], 1)
+
+    def linear_expert_input(
+        self, x: Float[Tensor, "*batch d_in"], at: Float[Tensor, "*batch d_in"]
+    ) -> Float[Tensor, "*batch s"]:
+        """s(x), with every nonlinearity held at the slope output / input that it has at `at`.
+
+        Affine in x, and s(at) at x = at: for attribution. s itself here, which is constant.
+        """
+        del at
+        return self.expert_input(x)
 
     def mixture(self, a: Coefficients) -> Float[Tensor, "*batch m"]:
         """m, all that the coefficients contribute to the output; linear in a. C^T a here."""
@@ -601,7 +611,8 @@ class PairedTranscoder(Transcoder):
         """Loads a layer, as SAELens' `SAE.from_pretrained`.
 
         Args:
-            release: a local folder, a Hugging Face `user/repo`, or a name in SAELens' directory.
+            release: a local folder, a Hugging Face `user/repo`, or a name in SAELens' directory. The files
+                may be of another library, as docs/guides/released.md lists them.
             sae_id: which layer of the release; for a local folder the subfolder, if any.
             device: where to put it.
             dtype: its dtype. None: the one it was saved in; from SAELens' directory, float32.
@@ -615,26 +626,26 @@ class PairedTranscoder(Transcoder):
             PermissionError: the repository is not one this token may read.
             ConnectionError: the hub cannot be reached, and the layer is not in its cache.
         """
-        folder = Path(release).expanduser() / (sae_id or "")
-        if folder.is_dir():
-            return cls.load_from_disk(folder, device=device, dtype=dtype)
+        if Path(release).expanduser().exists():
+            folder, reader = locate(release, sae_id)
+            return cls.load_from_disk(folder, device=device, dtype=dtype, converter=reader)
         directory = pretrained_saes_directory.get_pretrained_saes_directory()
         if sae_id is None and release in directory:
             ids = ", ".join(list(directory[str(release)].saes_map)[:5])
             raise FileNotFoundError(
                 f"{release} is a release: name the layer too, by its sae_id. It has {ids}."
             )
-        if sae_id is None or isinstance(release, Path) or Path(release).exists():
+        if sae_id is None or isinstance(release, Path):
             raise FileNotFoundError(
-                f"{folder} is not a folder; a release on the hub is named by its release and sae_id."
+                f"{release} is not a folder; a release on the hub is named by its release and sae_id."
             )
         if "converter" in kwargs or "/" not in release or release in directory:
             with hub_errors(release):
                 return super().from_pretrained(
                     release, sae_id, device, dtype or "float32", force_download, **kwargs
                 )
-        folder = download_layer(release, sae_id, revision, force_download)
-        return cls.load_from_disk(folder, device=device, dtype=dtype, **kwargs)
+        folder, reader = locate(release, sae_id, revision, force_download)
+        return cls.load_from_disk(folder, device=device, dtype=dtype, converter=reader, **kwargs)
 
 
 class TopK(topk_sae.TopK):

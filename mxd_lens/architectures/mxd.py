@@ -163,6 +163,19 @@ class MxD(PairedTranscoder):
     def expert_input(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         return self.decoder_out(x)
 
+    @override
+    def linear_expert_input(
+        self, x: Float[Tensor, "*batch d_in"], at: Float[Tensor, "*batch d_in"]
+    ) -> Float[Tensor, "*batch d_out"]:
+        phi = HIDDEN_ACTIVATIONS[self.cfg.hidden_activation]
+        linear = x @ self.W_hidden + self.b_hidden
+        if self.cfg.gated:
+            slope = phi(at @ self.W_hidden_gate + self.b_hidden_gate)
+        else:
+            pre = at @ self.W_hidden + self.b_hidden
+            slope = torch.where(pre == 0, 0, phi(pre) / pre)
+        return (slope.detach() * linear) @ self.W_out
+
     @property
     @override
     def dense_parts(self) -> tuple[str, ...]:

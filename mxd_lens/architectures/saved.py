@@ -8,7 +8,7 @@ import json
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -107,6 +107,49 @@ def few(faults: list[str], at_most: int = 12) -> str:
     return "; ".join(faults[:at_most]) + more
 
 
+# Where a layer is
+
+
+class NoSuchLayerError(FileNotFoundError):
+    """A repository has no such layer in SAELens' format."""
+
+
+Loader = Callable[..., tuple[dict[str, Any], dict[str, Tensor]]]
+"""What reads a layer from a path; in SAELens' words, a disk loader."""
+
+other_formats: list[Callable[[str | Path, str | None, str | None, bool], Loader | None]] = []
+"""Finders of layers in other libraries' files, from a release, a sae_id, a revision, and whether to download
+again; `mxd_lens.pretrained.released` adds its own."""
+
+
+def locate(
+    release: str | Path, sae_id: str | None, revision: str | None = None, force_download: bool = False
+) -> tuple[Path, Loader]:
+    """Where a layer is, in a folder or on the hub, and what reads it.
+
+    Raises:
+        FileNotFoundError, PermissionError, ConnectionError: as `download_layer`.
+    """
+    folder = Path(release).expanduser() / (sae_id or "")
+    if all((folder / name).is_file() for name in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME)):
+        config = read_json(folder / SAE_CFG_FILENAME)
+        if "architecture" in config:
+            return folder, read_folder
+    if Path(release).expanduser().exists():
+        return folder, _other_loader(release, sae_id, revision, force_download) or read_folder
+    try:
+        return download_layer(str(release), sae_id or "", revision, force_download), read_folder
+    except NoSuchLayerError:
+        loader = _other_loader(release, sae_id, revision, force_download)
+        if loader is None:
+            raise
+        return folder, loader
+
+
+def _other_loader(*where: Any) -> Loader | None:
+    return next((loader for find in other_formats if (loader := find(*where)) is not None), None)
+
+
 # The Hugging Face hub
 
 
@@ -156,7 +199,7 @@ def download_layer(
             raise
         except EntryNotFoundError as e:
             known = layers_among(HfApi().list_repo_files(repo_id, revision=revision))
-            raise FileNotFoundError(
+            raise NoSuchLayerError(
                 f"{repo_id} has no layer {sae_id!r}. "
                 + (f"Its layers: {few(known)}." if known else "There is no layer in it.")
             ) from e

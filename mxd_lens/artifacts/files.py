@@ -9,6 +9,8 @@ it was.
         save_file(tensors, partial)
     with atomic_folder(path) as partial:           # a folder, which replaces an earlier one
         ...
+    with atomic_files(path, "cfg.json") as partial:    # files of a folder that holds others too
+        ...
     with locked(folder / LOCK, "training run"):    # one process at a time
         ...
 
@@ -146,6 +148,31 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             else:
                 partial.rename(path)
         _sync(path.parent)
+
+
+@contextmanager
+def atomic_files(folder: str | Path, last: str) -> Iterator[Path]:
+    """Yield an empty folder; at the end of the block its files move into `folder`, beside what is there.
+
+    For a folder that is complete once it holds the file `last`: an earlier one is removed first and the new
+    one comes at the end, so that new files never lie beside old ones in a folder that looks complete.
+
+    Raises:
+        WriteError: they could not be written; nothing has changed unless they were already moving.
+    """
+    folder = full_path(folder)
+    with _writing(folder):
+        with _partial_folder(folder) as around:
+            partial = around / "files"
+            partial.mkdir()
+            yield partial
+            files = sorted(partial.iterdir(), key=lambda file: file.name == last)
+            for file in files:
+                _sync(file)
+            (folder / last).unlink(missing_ok=True)
+            for file in files:
+                file.replace(folder / file.name)
+        _sync(folder)
 
 
 def remove_stale_partials(folder: str | Path) -> None:

@@ -66,9 +66,10 @@ class RunIdentity:
     def require(self, now: "RunIdentity", where: str | Path, ignore: Iterable[str] = ()) -> None:
         """Raise ValueError where `now` is another run than this one, whose results are at `where`."""
         if changed := self.differences(now, ignore):
+            more = f"; and {len(changed) - 8} more" if len(changed) > 8 else ""
             raise ValueError(
-                f"{where} holds the results of another run ({'; '.join(changed)}). Choose another place, or "
-                "delete it."
+                f"{where} holds the results of another run ({'; '.join(changed[:8])}{more}). Choose another "
+                "place, or delete it."
             )
 
     def to_dict(self) -> dict[str, Any]:

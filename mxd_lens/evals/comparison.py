@@ -11,6 +11,7 @@ missing, y - y_hat, sum to 1; one that points against y is negative.
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ from mxd_lens.analysis.sequences import Text, batch_of, token_sequences_of
 from mxd_lens.analysis.token_text import token_texts, vocabulary_text
 from mxd_lens.artifacts.tables import Cell, Tabular
 from mxd_lens.evals.harness import Forward, Target, layer_output, zero
-from mxd_lens.hooks.replace import Replacement, paired_hooks
+from mxd_lens.hooks.replace import Replaced, Replacement
 from mxd_lens.hooks.site import check_fits, hook_names
 from mxd_lens.models import attached_layer, hook_point_name, model_first
 
@@ -226,9 +227,8 @@ def compare(
             return Predictions.of(logits, tokens, unmodified, n_predictions)
 
         unmodified = forward.logits(
-            hook
+            Replaced(model, target.hook_name, target.hook_name_out, _recorder(seen, name))
             for name, target in targets.items()
-            for hook in paired_hooks(target.hook_name, target.hook_name_out, _recorder(seen, name))
         )[0]
         bar.update()
         zero_ablated = predictions(logits(first, zero))
@@ -241,9 +241,7 @@ def compare(
             kept = forward.counted(target)[0].to(x.device)
             mean = parts.mixture[kept].mean(0) if means is None else means[name]
             replaced = predictions(logits(target, layer_output(sae, lambda parts: parts.y)))
-            dense = predictions(
-                logits(target, layer_output(sae, lambda parts, mean=mean: parts.with_mixture(mean)))
-            )
+            dense = predictions(logits(target, layer_output(sae, partial(Parts.with_mixture, mixture=mean))))
             decompositions.append(_decompose(name, sae, parts, y.double(), mean, kept, k, replaced, dense))
     everywhere = [zero_ablated, Predictions.of(unmodified, tokens, unmodified, n_predictions)]
     everywhere += [p for d in decompositions for p in (d.replaced, d.mean_gate)]

@@ -31,11 +31,12 @@ from mxd_lens.architectures import (
     matched_n_experts,
     matched_n_features,
 )
+from mxd_lens.artifacts.files import write_json
 from mxd_lens.artifacts.tables import Cell, Table, Tabular
 from mxd_lens.evals.faithfulness import FaithfulnessReport, evaluate_all
 from mxd_lens.training.checkpoints import complete_checkpoints
 from mxd_lens.training.multi_runner import MultiTranscoderTrainingRunner
-from mxd_lens.training.runner import TranscoderRunnerConfig, read_json, then_and_now, write_json
+from mxd_lens.training.runner import TranscoderRunnerConfig, read_json, then_and_now
 
 FRONTIER_FILENAME = "frontier.json"
 ORDER_SEED = 0

@@ -19,11 +19,12 @@ from tqdm.auto import tqdm
 
 from mxd_lens.analysis.decomposition import ENTRIES, decompose
 from mxd_lens.architectures.base import expert_ids
+from mxd_lens.artifacts.files import write_json
 from mxd_lens.artifacts.tables import Cell, Tabular
 from mxd_lens.evals.judges import Judge, LocalJudge
 from mxd_lens.evals.steering import Sampling, compare, measure, perplexity, written
 from mxd_lens.hooks.steer import Mode
-from mxd_lens.training.runner import then_and_now, write_json
+from mxd_lens.training.runner import then_and_now
 
 SCORES_FILENAME = "steering_scores.json"
 

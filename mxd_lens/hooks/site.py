@@ -4,12 +4,12 @@ Every function that takes a model and a layer asks here first, so that a layer a
 error before there is a number.
 """
 
-import warnings
 from typing import Any
 
 from sae_lens import SAE
+from sae_lens.util import extract_layer_from_tlens_hook_name
 
-from mxd_lens.models import attached_layer, check_fires, is_same_model, model_first, weight_processing
+from mxd_lens.models import attached_layer, check_fires, check_processing, is_same_model, model_first
 
 
 def hook_names(sae: SAE[Any]) -> tuple[str, str]:
@@ -25,6 +25,18 @@ def hook_names(sae: SAE[Any]) -> tuple[str, str]:
             "hook point, and hook_name_out to its output's."
         )
     return metadata.hook_name, metadata.hook_name_out or metadata.hook_name
+
+
+def block_of_layer(sae: SAE[Any]) -> int:
+    """The block whose MLP a layer stands for.
+
+    Raises:
+        ValueError: its metadata names none.
+    """
+    block = extract_layer_from_tlens_hook_name(hook_names(sae)[1])
+    if block is None:
+        raise ValueError(f"{hook_names(sae)[1]} is in no block: this layer stands for no MLP.")
+    return block
 
 
 @model_first
@@ -43,23 +55,7 @@ def check_trained_on(model: Any, sae: SAE[Any]) -> None:
             f"This layer was trained on {metadata.model_name}, and the model is {model.cfg.model_name}. If "
             f"they are the same model, set sae.cfg.metadata.model_name = {model.cfg.model_name!r}."
         )
-    trained_on, runs_on = metadata.weight_processing, weight_processing(model)
-    if trained_on is None and runs_on:
-        warnings.warn(
-            f"This layer does not record whether it was trained on processed weights; the weights of this "
-            f"model are ({', '.join(runs_on)}). If it was not, its results here are wrong.",
-            stacklevel=3,
-        )
-    elif trained_on is not None and sorted(trained_on) != sorted(runs_on):
-        raise ValueError(
-            f"This layer was trained on {_processed(trained_on)} weights, and this model has "
-            f"{_processed(runs_on)} ones. load_model gives unprocessed weights, and "
-            "HookedSAETransformer.from_pretrained, or a bridge's enable_compatibility_mode, processes them."
-        )
-
-
-def _processed(steps: list[str]) -> str:
-    return f"processed ({', '.join(steps)})" if steps else "unprocessed"
+    check_processing(model, sae)
 
 
 def check_free(model: Any, name: str) -> None:

@@ -360,8 +360,8 @@ class Place:
             return
         self._refuse_another_thread()
         if not self._is_attached():
-            self._replaced = Replaced(self.hook_in, self.hook_out, self._forward)
-            self._replaced.begin(self.model)
+            self._replaced = Replaced(self.model, self.hook_in, self.hook_out, self._forward, is_first=True)
+            self._replaced.begin()
         self.now, self._has_edited = Pass(past_length(block_inputs, self.layer)), False
 
     def _end(self, is_complete: bool = False) -> None:

@@ -9,7 +9,7 @@ from sae_lens.loading import pretrained_saes_directory
 from sae_lens.registry import SAE_CLASS_REGISTRY
 
 from mxd_lens.architectures.base import PairedTranscoder
-from mxd_lens.architectures.saved import download_layer, hub_errors, read_folder, read_json
+from mxd_lens.architectures.saved import hub_errors, locate, read_folder, read_json
 
 
 def load_layer(
@@ -31,19 +31,20 @@ def load_layer(
         ValueError: the folder is not a saved layer, or is damaged.
         ConnectionError: the hub cannot be reached, and the layer is not in its cache.
     """
-    folder = Path(release).expanduser() / (sae_id or "")
-    if not folder.is_dir():
+    release_name = str(release)
+    if not Path(release).expanduser().exists():
         if sae_id is None:
-            raise FileNotFoundError(f"{folder} is not a folder. A layer of a release needs its sae_id too.")
+            raise FileNotFoundError(f"{release} is not a folder. A layer of a release needs its sae_id too.")
         known = pretrained_saes_directory.get_pretrained_saes_directory()
-        release = str(release)
-        if release in known or "/" not in release:
-            if release in known and sae_id not in known[release].saes_map:
-                ids = ", ".join(list(known[release].saes_map)[:5])
+        if release_name in known or "/" not in release_name:
+            if release_name in known and sae_id not in known[release_name].saes_map:
+                ids = ", ".join(list(known[release_name].saes_map)[:5])
                 raise FileNotFoundError(f"{release} has no layer {sae_id!r}. It has {ids}, ...")
-            with hub_errors(release):
-                return SAE.from_pretrained(release, sae_id, device, dtype or "float32")
-        folder = download_layer(release, sae_id)
+            with hub_errors(release_name):
+                return SAE.from_pretrained(release_name, sae_id, device, dtype or "float32")
+    folder, reader = locate(release, sae_id)
+    if reader is not read_folder:
+        return SAE.load_from_disk(folder, device, dtype, converter=reader)
     if (folder / SAE_CFG_FILENAME).is_file():
         architecture = read_json(folder / SAE_CFG_FILENAME).get("architecture")
         classes = SAE_CLASS_REGISTRY.get(architecture) if isinstance(architecture, str) else None

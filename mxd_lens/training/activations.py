@@ -1,10 +1,7 @@
 """Activations in pairs: an MLP's input and its output on the same token, from one forward pass."""
 
-import copy
-import hashlib
-import json
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
@@ -19,11 +16,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typing_extensions import Self, override
 
+from mxd_lens.artifacts.identity import RunIdentity
 from mxd_lens.hooks.site import check_free
 from mxd_lens.models import check_fires, hook_point_name, special_token_ids
-from mxd_lens.text import load_text
+from mxd_lens.text import (
+    check_vocabulary,
+    load_text,
+    one_column,
+    packed_sequences,
+    training_text,
+)
 from mxd_lens.training.cache import ActivationCache
 from mxd_lens.training.config import TranscoderRunnerConfig
+
+EMPTY_BATCHES = 1000
+"""Batches of sequences without one token to train on, after which a run gives up."""
+CACHE_TOLERANCE = 0.02
+"""Relative error up to which a cache's rows, which may be bfloat16, are those of the model."""
 
 
 class MixingBuffer:
@@ -54,10 +63,16 @@ class MixingBuffer:
         """Whether a batch can be taken."""
         return self._batches_ready > 0
 
+    @property
+    def n_rows(self) -> int:
+        """Rows in the buffer."""
+        return sum(map(len, self._rows))
+
     def add(self, rows: Float[Tensor, "tokens width"]) -> None:
         """Adds rows; once the buffer is full, shuffles it and makes batches ready."""
-        self._rows.append(rows)
-        if sum(map(len, self._rows)) < self.buffer_size:
+        if len(rows):
+            self._rows.append(rows)
+        if self.n_rows < self.buffer_size:
             return
         buffer = torch.cat(self._rows)
         if self.mix_fraction > 0:
@@ -96,12 +111,18 @@ class PairedActivationsStore(ActivationsStore):
     For layers that are trained beside each other the batches hold every hook point of theirs once, side
     by side in one row a token; `select` gives each its own.
 
-    `state_dict` holds everything that decides the coming batches, so that a store loaded from it goes
-    on with exactly the batches this one would have given.
+    `state_dict` holds everything that decides the coming batches, so that a store loaded from it continues
+    with exactly the batches this one would have given.
     """
 
     columns: dict[str, slice]
     """Where in a batch's rows the activations of a hook point are, by the name in the config."""
+    identity: RunIdentity
+    """What decides the batches: the model's weights, its hook points, the text, how it is tokenised."""
+    training_text: dict[str, Any]
+    """The record of the text that a layer keeps, see `text.training_text`."""
+    on_buffering: Callable[[int, int], None] | None = None
+    """Called while the buffer fills, with the rows that it holds and those that it takes."""
 
     _buffer: MixingBuffer
     _cache: ActivationCache | None
@@ -131,14 +152,13 @@ class PairedActivationsStore(ActivationsStore):
 
         Raises:
             ValueError: the model has no such hook point, does not run it, or has a layer attached there; or
-                there is no text.
+                there is no text; or the cache holds the activations of something else.
         """
-        # A copy: SAELens sets the format of tokenised text, and with it changes the fingerprint.
-        dataset = copy.copy(override_dataset)
+        dataset: Any = override_dataset
         if dataset is None:
             dataset = load_text(cfg.dataset_path, cfg.streaming)
-        if next(iter(dataset), None) is None:
-            raise ValueError("The data set is empty.")
+        if not cfg.use_chat_formatting:
+            dataset = one_column(dataset)
         if cfg.context_size > model.cfg.n_ctx:
             raise ValueError(
                 f"context_size is {cfg.context_size}; {model.cfg.model_name} reads {model.cfg.n_ctx} tokens."
@@ -192,14 +212,16 @@ class PairedActivationsStore(ActivationsStore):
         store.columns = {
             name: slice(start, end) for name, start, end in zip(widths, ends[:-1], ends[1:], strict=True)
         }
+        store.training_text = training_text(cfg.dataset_path, dataset)
+        store.identity = store._identity()
         store._cache = None
         if cfg.use_cached_activations:
             assert cfg.cached_activations_path is not None  # set by the config
             store._cache = ActivationCache(
-                Path(cfg.cached_activations_path),
+                cfg.cached_activations_path,
                 width=ends[-1],
                 dtype=str_to_dtype(cfg.cached_activations_dtype),
-                key=store.cache_key(cfg),
+                identity=store.identity,
             )
             store.check_cache(store._cache)
         return store
@@ -228,46 +250,83 @@ class PairedActivationsStore(ActivationsStore):
         """What the layer of `cfg` is trained on, out of a batch for several layers."""
         return torch.cat([rows[:, self.columns[name]] for name in cfg.hook_widths], dim=1)
 
-    def cache_key(self, cfg: TranscoderRunnerConfig) -> str:
-        """A hash of what the run says of its activations: model, hooks, text, tokenisation.
-
-        The text is known by its name, its first sequence and, where it is a datasets.Dataset, its
-        fingerprint. What the model does with it is checked by `check_cache`.
-        """
-        first = self._read(1)
-        self._restart_text()
-        decides = {
-            "model": cfg.model_name,
-            "hooks": self.hook_names,
-            "text": cfg.dataset_path,
-            "fingerprint": getattr(self.dataset, "_fingerprint", None),
-            "first_sequence": None if first is None else first[0].tolist(),
-            "autocast": self.autocast_lm,
-            "context_size": self.context_size,
-            "batch": self.store_batch_size_prompts,
-            "seqpos": self.seqpos_slice,
-            "excluded": None if self.exclude_special_tokens is None else self.exclude_special_tokens.tolist(),
-        }
-        return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
+    def _identity(self) -> RunIdentity:
+        text = {name: value for name, value in self.training_text.items() if name not in ("source", "split")}
+        excluded = self.exclude_special_tokens
+        return RunIdentity.of(
+            model=self.model,
+            hooks=self.hook_names,
+            text=text,
+            prepend_bos=self.prepend_bos,
+            sequence_separator_token=self.sequence_separator_token,
+            disable_concat_sequences=self.disable_concat_sequences,
+            use_chat_formatting=self.use_chat_formatting,
+            context_size=self.context_size,
+            store_batch_size_prompts=self.store_batch_size_prompts,
+            seqpos_slice=self.seqpos_slice,
+            excluded_tokens=None if excluded is None else excluded.tolist(),
+            autocast_lm=self.autocast_lm,
+            model_kwargs=self.model_kwargs,
+            dtype=str(self.dtype),
+        )
 
     def check_cache(self, cache: ActivationCache) -> None:
-        """Raises ValueError where the model does not give what the cache holds for the first sequence.
+        """Raises ValueError where the model does not give what the cache holds.
 
-        To a few per cent: a forward pass is not the same to the last bit in every process.
+        The first batch and one of the next thirty are compared, to a few per cent: a forward pass is not the
+        same to the last bit on every machine.
         """
-        first = self._read(1)
+        if not len(cache):
+            return
+        later = int(torch.randint(min(len(cache), 32), ()))
+        for batch in range(later + 1):
+            tokens = self._read(self.store_batch_size_prompts)
+            if tokens is not None and batch in (0, later):
+                pairs = self._capture(tokens).float()
+                known = cache[batch].to(pairs)
+                error = (known - pairs).norm(dim=-1) if len(known) == len(pairs) else torch.tensor(torch.inf)
+                if (error > CACHE_TOLERANCE * pairs.norm(dim=-1)).any():
+                    raise ValueError(
+                        f"{cache.folder} holds other activations than this model gives on this text (batch "
+                        f"{batch}). Choose another cached_activations_path, or delete the folder."
+                    )
         self._restart_text()
-        if first is not None and len(cache):
-            pairs = self._capture(first).float()
-            known = cache[0][: len(pairs)].to(pairs)
-            if len(known) < len(pairs) or ((known - pairs).norm(dim=-1) > 0.05 * pairs.norm(dim=-1)).any():
-                raise cache.of_something_else()
+
+    def close(self) -> None:
+        """Lets other runs add to the cache of activations."""
+        if self._cache is not None:
+            self._cache.close()
 
     @override
     def __next__(self) -> Float[Tensor, "batch d_in_plus_d_out"]:
+        empty = 0
         while not self._buffer.is_ready:
-            self._buffer.add(self._next_pairs())
+            pairs = self._next_pairs()
+            empty = 0 if len(pairs) else empty + 1
+            if empty == EMPTY_BATCHES:
+                raise ValueError(
+                    f"{EMPTY_BATCHES * self.store_batch_size_prompts:,} sequences in a row hold no token to "
+                    "train on: exclude_special_tokens leaves all of them out."
+                )
+            self._buffer.add(pairs)
+            if self.on_buffering is not None:
+                size = self._buffer.buffer_size
+                self.on_buffering(min(self._buffer.n_rows, size), size)
         return self._buffer.take()
+
+    @override
+    def _iterate_tokenized_sequences(self) -> Iterator[Int[Tensor, " context"]]:
+        """The sequences of the text, packed as `token_sequences` packs them."""
+        if self.use_chat_formatting:
+            return super()._iterate_tokenized_sequences()
+        return packed_sequences(
+            self.model,
+            self.dataset,
+            self.context_size,
+            self.prepend_bos,
+            self.sequence_separator_token,
+            self.disable_concat_sequences,
+        )
 
     def _next_pairs(self) -> Float[Tensor, "tokens d_in_plus_d_out"]:
         """The pairs of the next batch of sequences, special tokens left out."""
@@ -288,7 +347,7 @@ class PairedActivationsStore(ActivationsStore):
         else:
             pairs = self._capture(tokens)
             if cache is not None:
-                # A run resumed with an emptier cache than it had goes on without filling it.
+                # A run resumed with an emptier cache than it had continues without filling it.
                 rounded = cache.append(pairs) if len(cache) == self._llm_batch else pairs.to(cache.dtype)
                 pairs = rounded.to(self.device, self.dtype)
         self._llm_batch += 1
@@ -319,7 +378,11 @@ class PairedActivationsStore(ActivationsStore):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "To copy construct from a tensor", UserWarning)
             sequences = list(islice(self.iterable_sequences, n))
-        return torch.stack(sequences) if sequences else None
+        if not sequences:
+            return None
+        tokens = torch.stack(sequences)
+        check_vocabulary(self.model, tokens)
+        return tokens
 
     @torch.no_grad()
     def _capture(self, tokens: Int[Tensor, "sequences context"]) -> Float[Tensor, "tokens d_in_plus_d_out"]:
@@ -345,7 +408,7 @@ class PairedActivationsStore(ActivationsStore):
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Goes on where the store that gave `state` was."""
+        """Continues where the store that gave `state` was."""
         self._start_epoch()
         self._epoch, self._llm_batch = int(state["epoch"]), int(state["llm_batch"])
         self._rows_in_epoch = int(state["rows_in_epoch"])

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from sae_lens import logger
 from sae_lens.constants import RUNNER_CFG_FILENAME, TRAINER_STATE_FILENAME
-from safetensors import SafetensorError
 
-PARTIAL = ".partial-"
+from mxd_lens.artifacts.files import atomic_folder
 
 
 def complete_checkpoints(folder: str | Path | None) -> list[Path]:
-    """The checkpoints in `folder`, of one layer or of several, that were written to the end; oldest first."""
+    """Return the complete checkpoints in `folder`, of one layer or of several; oldest first."""
     if folder is None or not Path(folder).is_dir():
         return []
     tokens = {
@@ -27,25 +27,52 @@ def complete_checkpoints(folder: str | Path | None) -> list[Path]:
 
 
 @contextmanager
-def atomic_checkpoint(final: Path, keep: int) -> Iterator[Path]:
-    """A folder to write a checkpoint to, which gets its name when it is complete.
+def atomic_checkpoint(final: Path, keep: int, reserve: int = 0) -> Iterator[Path]:
+    """Yield a folder to write a checkpoint to, which gets its name when it is complete.
 
-    The last `keep` complete ones beside it stay.
+    The last `keep` complete ones beside it stay. Where the disk would have less than `reserve` bytes left
+    beside a checkpoint as large as the last one, older ones are removed first.
 
     Raises:
         OSError: it could not be written, for want of room for instance. Earlier ones are kept.
     """
-    partial = final.with_name(f"{PARTIAL}{final.name}")
     try:
-        yield partial
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-    except (OSError, RuntimeError, SafetensorError) as e:
-        shutil.rmtree(partial, ignore_errors=True)
+        _make_room(final.parent, reserve)
+        with atomic_folder(final) as partial:
+            try:
+                yield partial
+            except RuntimeError as e:  # what torch.save raises where the disk is full
+                raise OSError(str(e).partition("\n")[0]) from e
+    except OSError as e:
         last = complete_checkpoints(final.parent)
         raise OSError(
-            f"Could not write the checkpoint {final}: {e}. "
-            f"The last complete one is {last[-1] if last else 'not there'}."
+            f"{str(e).rstrip('.')}. "
+            + (f"The last complete checkpoint is {last[-1]}." if last else "There is no complete checkpoint.")
         ) from e
-    for old in complete_checkpoints(final.parent)[:-keep]:
+    remove_old(final.parent, keep)
+
+
+def remove_old(folder: Path, keep: int) -> None:
+    """Remove all complete checkpoints in `folder` but the newest `keep`."""
+    for old in complete_checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _make_room(folder: Path, reserve: int) -> None:
+    """Leave room for the trained layer: raises OSError where a checkpoint would take it."""
+    found = complete_checkpoints(folder)
+    if not found:
+        return
+    size = sum(file.stat().st_size for file in found[-1].rglob("*") if file.is_file())
+    if _free(folder) < size + reserve and len(found) > 1:
+        logger.warning("The disk is nearly full: only the newest checkpoint in %s stays.", folder)
+        remove_old(folder, 1)
+    if _free(folder) < size + reserve:
+        raise OSError(
+            f"Could not write another checkpoint to {folder}: {_free(folder):,} bytes are free, and "
+            f"{size + reserve:,} are needed for it and for the trained layer"
+        )
+
+
+def _free(folder: Path) -> int:
+    return shutil.disk_usage(folder).free

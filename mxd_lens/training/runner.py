@@ -1,9 +1,9 @@
 """Training one layer on one language model: config in, folder out."""
 
 import json
-import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -24,46 +24,65 @@ from sae_lens.constants import (
 from sae_lens.saes.sae import TrainingSAE
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
 
 from mxd_lens.architectures.training import TrainingPairedTranscoder
+from mxd_lens.artifacts.files import (
+    LOCK,
+    WriteError,
+    atomic_files,
+    full_path,
+    locked,
+    remove_stale_partials,
+)
+from mxd_lens.artifacts.identity import RunIdentity, differences
 from mxd_lens.models import load_model, weight_processing
 from mxd_lens.training.activations import PairedActivationsStore
-from mxd_lens.training.checkpoints import PARTIAL, complete_checkpoints
-from mxd_lens.training.config import IN_METADATA, WHERE_NOT_WHAT, TranscoderRunnerConfig
+from mxd_lens.training.checkpoints import complete_checkpoints, remove_old
+from mxd_lens.training.config import IN_METADATA, TranscoderRunnerConfig
+from mxd_lens.training.progress import summary
 from mxd_lens.training.standardizer import FirstBatchScaler, Standardizer
-from mxd_lens.training.trainer import TranscoderTrainer
+from mxd_lens.training.trainer import TranscoderTrainer, finish
 
 HISTORY_FILENAME = "history.json"
+IDENTITY_FILENAME = "identity.json"
 
 
-class LayerRun:
+class TrainingMember:
     """One layer in training: its configuration, its weights, its trainer."""
 
     def __init__(
         self,
         cfg: TranscoderRunnerConfig,
-        data_provider: Iterator[Tensor],
+        store: PairedActivationsStore,
         override_sae: TrainingSAE[Any] | None = None,
         save_checkpoint_fn: Callable[..., None] | None = None,
     ) -> None:
         self.cfg = cfg
+        self.identity = RunIdentity(store.identity.fields | {"settings": cfg.settings})
         self.sae = override_sae if override_sae is not None else self._new_sae()
         self.sae.to(cfg.device)
         self.trainer = TranscoderTrainer(
             # The trainer would give up where the final checkpoint cannot be written.
             cfg=replace(cfg.to_sae_trainer_config(), save_final_checkpoint=False),
             sae=self.sae,
-            data_provider=data_provider,
+            data_provider=store,
             save_checkpoint_fn=save_checkpoint_fn,
         )
+        self.trainer.store = store
         self.trainer.n_checkpoints_kept = cfg.n_checkpoints_kept
+        self.trainer.stop_on_divergence = cfg.stop_on_divergence
         if cfg.standardize_activations:
             is_transcoder = isinstance(self.sae, TrainingPairedTranscoder)
-            self.trainer.activation_scaler = Standardizer(self.sae) if is_transcoder else FirstBatchScaler()
+            scaler = Standardizer if is_transcoder else FirstBatchScaler
+            self.trainer.activation_scaler = scaler(self.sae, self._is_trained())
         metadata = self.sae.cfg.metadata
         for name in IN_METADATA:
             metadata[name] = getattr(cfg, name)
+        metadata["training_text"] = store.training_text
+        metadata["weight_processing"] = weight_processing(store.model)
+        # As SAELens writes them: its evaluations load the model from these two.
+        metadata["model_class_name"] = cfg.model_class_name
+        metadata["model_from_pretrained_kwargs"] = cfg.model_from_pretrained_kwargs
 
     def _new_sae(self) -> TrainingSAE[Any]:
         if self.cfg.from_pretrained_path is not None:
@@ -72,8 +91,13 @@ class LayerRun:
             torch.manual_seed(self.cfg.seed)
             return TrainingSAE.from_dict(self.cfg.get_training_sae_cfg_dict())
 
+    def _is_trained(self) -> bool:
+        """Whether the weights are those of a layer that has been trained: a new one's biases are zero."""
+        biases = (p for name, p in self.sae.named_parameters() if name.startswith("b_"))
+        return any(bool(bias.any()) for bias in biases)
+
     def load_checkpoint(self, checkpoint: Path) -> None:
-        """Goes on with the weights and the trainer's state in `checkpoint`.
+        """Continues with the weights, the trainer's state and the training curve in `checkpoint`.
 
         Raises:
             ValueError: a file in it is damaged.
@@ -81,40 +105,44 @@ class LayerRun:
         with reading(checkpoint / TRAINER_STATE_FILENAME):
             self.trainer.load_trainer_state(checkpoint)
         with reading(checkpoint / SAE_WEIGHTS_FILENAME):
-            self.sae.load_weights_from_checkpoint(checkpoint)
-
-    def finish(self) -> None:
-        """Leaves the layer as it will be saved, once its training is done."""
-        if isinstance(self.sae, TrainingPairedTranscoder):
-            self.sae.normalize_decoder()  # as before every step
-        self.sae.eval()
+            self.trainer.load_weights(checkpoint)
+        self.trainer.history = read_json(checkpoint / HISTORY_FILENAME)
 
     def save(self, output_path: str | Path) -> None:
-        """Writes the layer as SAELens does, with the run's config and history beside it.
+        """Writes the layer as SAELens does, with the run's config and history beside it, in one step.
 
-        Every file is written under another name first, so that a full disk leaves no half of one.
+        Where the disk is full, all checkpoints but the newest are removed to make room.
 
         Raises:
+            FloatingPointError: the weights are not finite.
             OSError: it could not be written.
         """
-        folder = Path(output_path)
-        partial = folder / f"{PARTIAL}final"
+        for name, weight in self.sae.named_parameters():
+            if not weight.isfinite().all():
+                raise FloatingPointError(
+                    f"The trained layer is not saved: its {name} holds values that are not finite numbers."
+                )
         try:
+            self._write(output_path)
+        except WriteError as e:
+            if self.cfg.checkpoint_path is None or len(complete_checkpoints(self.cfg.checkpoint_path)) < 2:
+                raise
+            logger.warning("%s Removing older checkpoints to make room.", e)
+            remove_old(Path(self.cfg.checkpoint_path), 1)
+            self._write(output_path)
+
+    def _write(self, folder: str | Path) -> None:
+        # A folder that has a cfg.json is complete.
+        with atomic_files(folder, last=SAE_CFG_FILENAME) as partial:
             self.sae.save_inference_model(partial)
             save_file({"sparsity": self.trainer.log_feature_sparsity}, partial / SPARSITY_FILENAME)
             self.save_description(partial)
-            # cfg.json last: a folder that has one is complete.
-            for file in sorted(partial.iterdir(), key=lambda file: file.name == SAE_CFG_FILENAME):
-                file.replace(folder / file.name)
-        except (OSError, SafetensorError) as e:
-            raise OSError(f"Could not write the trained layer to {folder}: {e}.") from e
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
 
     def save_description(self, folder: Path) -> None:
-        """Writes the run's config and its training curve."""
+        """Writes the run's config, its identity and its training curve."""
         (folder / RUNNER_CFG_FILENAME).write_text(json.dumps(self.cfg.to_dict(), indent=1))
         (folder / HISTORY_FILENAME).write_text(json.dumps(self.trainer.history))
+        (folder / IDENTITY_FILENAME).write_text(json.dumps(self.identity.to_dict(), indent=1))
 
 
 class TranscoderTrainingRunner:
@@ -122,7 +150,7 @@ class TranscoderTrainingRunner:
 
     `run()` writes into cfg.output_path a folder that `MxD.from_pretrained` and `SAE.load_from_disk`
     read: cfg.json, sae_weights.safetensors, and beside them sparsity.safetensors, runner_cfg.json and
-    history.json (the training curve).
+    history.json (the training curve). While it runs it holds the lock of that folder.
     """
 
     def __init__(
@@ -131,6 +159,7 @@ class TranscoderTrainingRunner:
         override_dataset: HfDataset | None = None,
         override_model: Any | None = None,
         override_sae: TrainingSAE[Any] | None = None,
+        resume_from_checkpoint: str | Path | None = None,
     ) -> None:
         """Loads the model and opens the text; everything that can be refused is refused here.
 
@@ -138,30 +167,35 @@ class TranscoderTrainingRunner:
             cfg: the run.
             override_dataset: used instead of cfg.dataset_path.
             override_model: used instead of loading cfg.model_name.
-            override_sae: trained instead of a new layer made from cfg.sae.
+            override_sae: trained instead of a new layer made from cfg.sae. With standardize_activations, one
+                with biases that are not zero counts as trained, and continues as the layer that it is.
+            resume_from_checkpoint: used instead of cfg.resume_from_checkpoint.
 
         Raises:
             ValueError: hooks or widths that the model does not have, no text, a checkpoint of another
                 run.
             FileExistsError: the output folder holds another run.
+            LockedError: another process is writing to the output folder.
         """
+        if resume_from_checkpoint is not None:
+            cfg = replace(cfg, resume_from_checkpoint=str(resume_from_checkpoint))
         self.cfg = cfg
         self.checkpoint = cfg.latest_checkpoint()
-        if self.checkpoint is None:
-            refuse_another_run(cfg.output_path, cfg.checkpoint_path)
-        else:
-            refuse_other_settings(self.checkpoint, read_json(self.checkpoint / RUNNER_CFG_FILENAME), cfg)
+        with locked_folders(cfg.output_path, cfg.checkpoint_path, only_existing=True):
+            if self.checkpoint is None:
+                refuse_another_run(cfg.output_path, cfg.checkpoint_path)
+            else:
+                refuse_other_settings(self.checkpoint, cfg)
         self.model = override_model or load_model(cfg.model_name, cfg.llm_device or "cpu")
         self.activations_store = PairedActivationsStore.from_config(self.model, cfg, override_dataset)
-        self.layer = LayerRun(cfg, self.activations_store, override_sae, self._save_run_state)
-        self.sae, self.trainer = self.layer.sae, self.layer.trainer
-        self.sae.cfg.metadata.weight_processing = weight_processing(self.model)
+        self.member = TrainingMember(cfg, self.activations_store, override_sae, self._save_run_state)
+        self.sae, self.trainer = self.member.sae, self.member.trainer
         if self.checkpoint is not None:
             logger.info("Resuming from %s", self.checkpoint)
-            self.layer.load_checkpoint(self.checkpoint)
+            require_identity(self.checkpoint, self.member.identity)
+            self.member.load_checkpoint(self.checkpoint)
             with reading(self.checkpoint / ACTIVATIONS_STORE_STATE_FILENAME):
                 self.activations_store.load_from_checkpoint(self.checkpoint)
-            self.trainer.history = read_json(self.checkpoint / HISTORY_FILENAME)
         make_folders(cfg.output_path, cfg.checkpoint_path)
 
     def run(self) -> TrainingSAE[Any]:
@@ -169,39 +203,73 @@ class TranscoderTrainingRunner:
 
         Raises:
             TrainingInterrupted: SIGINT or SIGTERM; the message says where the run was saved.
+            TrainingDiverged: the run diverged, and cfg.stop_on_divergence is set.
             FloatingPointError: activations or loss not finite; the last checkpoint is kept.
+            LockedError: another process is writing to the output folder.
             OSError: the result could not be written; it stays in `self.sae`.
         """
-        start_wandb(self.cfg.logger, self.cfg.to_dict())
-        with self.trainer.stop.by_signals():
-            self.trainer.fit()
-        self.layer.finish()
-        if self.cfg.save_final_checkpoint:
-            self.trainer.checkpoint_or_warn(f"final_{self.trainer.n_training_samples}")
-        if self.cfg.output_path is not None:
-            self.save_final_sae(self.cfg.output_path)
-        if self.cfg.logger.log_to_wandb:
-            wandb.finish()
+        with locked_folders(self.cfg.output_path, self.cfg.checkpoint_path):
+            if self.checkpoint is None:  # another process may have been faster
+                refuse_another_run(self.cfg.output_path, self.cfg.checkpoint_path)
+            logger.info(summary([self.cfg], [self.sae]))
+            start_wandb(self.cfg.logger, self.cfg.to_dict())
+            try:
+                with self.trainer.stop.by_signals():
+                    self.trainer.fit()
+            finally:
+                self.activations_store.close()
+            finish(self.sae)
+            if self.cfg.save_final_checkpoint:
+                self.trainer.checkpoint_or_warn(f"final_{self.trainer.n_training_samples}")
+            if self.cfg.output_path is not None:
+                self.save_final_sae(self.sae, self.cfg.output_path)
+            if self.cfg.logger.log_to_wandb:
+                wandb.finish()
         return self.sae
 
-    def save_final_sae(self, output_path: str | Path) -> None:
+    def save_final_sae(
+        self,
+        sae: TrainingSAE[Any] | None = None,
+        output_path: str | Path | None = None,
+        log_feature_sparsity: Any = None,  # noqa: ARG002  SAELens passes it; the trainer knows it
+    ) -> None:
         """Writes the layer as SAELens does, with the run's config and history beside it.
 
+        Args:
+            sae: SAELens' first argument; the run's own layer, which is the default.
+            output_path: the folder. Default: cfg.output_path.
+            log_feature_sparsity: SAELens' third argument; the trainer's is written.
+
         Raises:
+            ValueError: there is no folder to write to.
+            FloatingPointError: the weights are not finite.
             OSError: it could not be written.
         """
+        if isinstance(sae, str | Path):
+            warnings.warn(
+                "save_final_sae(folder) is now save_final_sae(sae, folder), as in SAELens, or "
+                "save_final_sae(output_path=folder). The former order ends with the next version.",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            sae, output_path = None, sae
+        output_path = output_path or self.cfg.output_path
+        if output_path is None:
+            raise ValueError("There is no folder to write to: give output_path.")
+        if sae is not None:
+            self.member.sae = sae
         try:
-            self.layer.save(output_path)
+            self.member.save(output_path)
         except OSError as e:
             raise OSError(
                 f"{e} The last checkpoint is {self.trainer.last_checkpoint}; the layer is in runner.sae, and "
-                "runner.save_final_sae(folder) writes it."
+                "runner.save_final_sae(output_path=folder) writes it."
             ) from e
 
     def _save_run_state(self, checkpoint_path: Path | None) -> None:
         if checkpoint_path is not None:
             self.activations_store.save_to_checkpoint(checkpoint_path)
-            self.layer.save_description(checkpoint_path)
+            self.member.save_description(checkpoint_path)
 
 
 def start_wandb(log: LoggingConfig, config: dict[str, Any]) -> None:
@@ -223,41 +291,50 @@ def refuse_another_run(*folders: str | Path | None) -> None:
             (Path(folder) / SAE_CFG_FILENAME).exists() or complete_checkpoints(folder)
         ):
             raise FileExistsError(
-                f"{folder} holds another run. Go on with it (resume_from_checkpoint='latest'), name "
+                f"{folder} holds another run. Resume it (resume_from_checkpoint='latest'), choose "
                 "another folder, or delete it."
             )
 
 
-def refuse_other_settings(checkpoint: Path, saved: dict[str, Any], cfg: TranscoderRunnerConfig) -> None:
-    """Raises ValueError where the run in `checkpoint`, with the config `saved`, is not the one of `cfg`."""
-    ours = json.loads(json.dumps(cfg.to_dict()))
-    names = sorted((ours.keys() | saved.keys()) - set(WHERE_NOT_WHAT) - {"sae"})
-    changed = then_and_now(saved, ours, names)
-    names = sorted(ours["sae"].keys() - {"metadata", "device"})
-    changed += then_and_now(saved.get("sae", {}), ours["sae"], names, "sae.")
-    if changed:
+def refuse_other_settings(folder: Path, cfg: TranscoderRunnerConfig) -> None:
+    """Raises ValueError where the run in `folder`, a checkpoint or a trained layer, has other settings.
+
+    Asked before a model loads; what is then known of the model and the text is compared by
+    `require_identity`.
+    """
+    if changed := differences(read_json(folder / IDENTITY_FILENAME)["settings"], cfg.settings):
+        raise ValueError(
+            f"{folder} is of another run, and cannot be resumed as this one. " + "; ".join(changed)
+        )
+
+
+def require_identity(checkpoint: Path, identity: RunIdentity) -> None:
+    """Raises ValueError where the run in `checkpoint` had another model, other weights or another text."""
+    then = RunIdentity.from_dict(read_json(checkpoint / IDENTITY_FILENAME))
+    if changed := then.differences(identity):
         raise ValueError(
             f"{checkpoint} is of another run, and cannot be resumed as this one. " + "; ".join(changed)
         )
 
 
-def then_and_now(
-    then: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str], prefix: str = ""
-) -> list[str]:
-    """The settings that differ, a line each."""
-    return [
-        f"{prefix}{name}: {then.get(name)!r} then, {now.get(name)!r} now"
-        for name in names
-        if then.get(name) != now.get(name)
-    ]
-
-
 def make_folders(*folders: str | Path | None) -> None:
-    """Makes the folders now rather than when the training is done, without what a kill left there."""
+    """Makes the folders now rather than when the training is done, without what a killed process left."""
     for folder in [Path(folder) for folder in folders if folder is not None]:
-        folder.mkdir(parents=True, exist_ok=True)
-        for partial in folder.glob(f"{PARTIAL}*"):
-            shutil.rmtree(partial, ignore_errors=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise WriteError(folder, "it is a file" if folder.is_file() else str(e.strerror)) from e
+        remove_stale_partials(folder)
+
+
+@contextmanager
+def locked_folders(*folders: str | Path | None, only_existing: bool = False) -> Iterator[None]:
+    """Hold the locks of folders that a run writes to."""
+    with ExitStack() as stack:
+        for folder in dict.fromkeys(full_path(folder) for folder in folders if folder is not None):
+            if folder.is_dir() or not only_existing:
+                stack.enter_context(locked(folder / LOCK, "training run"))
+        yield
 
 
 @contextmanager
@@ -284,8 +361,10 @@ def read_json(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
 
 
-def write_json(file: Path, content: Any) -> None:
-    """Writes a JSON file, in the place of an older one in one step."""
-    partial = file.with_name(f".{file.name}")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial.replace(file)
+def then_and_now(
+    then: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str], prefix: str = ""
+) -> list[str]:
+    """As `artifacts.identity.differences`, of some of the fields."""
+    names = list(names)
+    changed = differences({n: then.get(n) for n in names}, {n: now.get(n) for n in names})
+    return [f"{prefix}{line}" for line in changed]

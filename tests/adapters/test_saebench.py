@@ -10,11 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from attached import random_mxd
 from conftest import D_MODEL, HOOK_IN, HOOK_OUT
 from sae_lens import SkipTranscoder, TopKSAE, TopKSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.transcoder import SkipTranscoderConfig
-from test_attach import random_mxd
 from test_probing import planted_texts, planted_transcoder
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformer_lens import HookedTransformer
@@ -177,7 +177,7 @@ def test_what_cannot_be_shown_to_saebench(tiny_model):
         ({"a": random_mxd(D_MODEL), "b": other}, {}, "one hook point at a time"),
         ({"a": plain}, {}, "load it as mxd_lens.SkipTranscoder"),
         ({"a": other}, {"at": "middle"}, "'input' or 'output', got 'middle'"),
-        ({"a": random_mxd(D_MODEL)}, {"directions": {"a": torch.ones(3, 3)}}, "a direction an expert"),
+        ({"a": random_mxd(D_MODEL)}, {"directions": {"a": torch.ones(3, 3)}}, "one direction per expert"),
     ):
         with pytest.raises(ValueError, match=message), for_sae_bench(tiny_model, saes, **options):
             pass

@@ -127,13 +127,14 @@ def test_interrupted_it_goes_on(sweep, monkeypatch: pytest.MonkeyPatch, layers_a
 
 def test_asked_to_stop_it_saves(sweep, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     whole = sweep("whole", ks=[2])
-    record = MultiTranscoderTrainer._record
+    train_step = MultiTranscoderTrainer.train_step
 
-    def stopping(self: MultiTranscoderTrainer, *args: Any) -> None:
-        record(self, *args)
+    def stopping(self: MultiTranscoderTrainer) -> str:
+        text = train_step(self)
         self.stop.requested = self.n_training_steps == 13
+        return text
 
-    monkeypatch.setattr(MultiTranscoderTrainer, "_record", stopping)
+    monkeypatch.setattr(MultiTranscoderTrainer, "train_step", stopping)
     with pytest.raises(TrainingInterrupted, match=str(13 * 16)):
         sweep(ks=[2])
     assert [path.name for path in (tmp_path / "sweep" / "checkpoints").iterdir()] == [str(13 * 16)]

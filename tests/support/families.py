@@ -36,6 +36,8 @@ class Family:
     """The module of a block that the MLP's input is given to."""
     writes: str = "mlp"
     """The module of a block whose output joins the residual stream as the MLP's contribution."""
+    norm: str = "post_attention_layernorm"
+    """The norm of a block that makes the MLP's input."""
     scale: str = ""
     """The setting by which that output is multiplied before it joins, if any."""
 
@@ -45,7 +47,7 @@ def of_llama(name: str, **changes: Any) -> Callable[[], Any]:
 
 
 FAMILIES = {
-    "GPT-2": Family(lambda: transformers.GPT2Config(**OF_GPT2), "transformer.h.{}"),
+    "GPT-2": Family(lambda: transformers.GPT2Config(**OF_GPT2), "transformer.h.{}", norm="ln_2"),
     "GPT-NeoX, parallel": Family(
         lambda: transformers.GPTNeoXConfig(**SPECIAL, **SIZES, **HEADS, use_parallel_residual=True),
         "gpt_neox.layers.{}",
@@ -54,7 +56,9 @@ FAMILIES = {
         lambda: transformers.GPTNeoXConfig(**SPECIAL, **SIZES, **HEADS, use_parallel_residual=False),
         "gpt_neox.layers.{}",
     ),
-    "GPT-J": Family(lambda: transformers.GPTJConfig(**OF_GPT2, rotary_dim=4), "transformer.h.{}"),
+    "GPT-J": Family(
+        lambda: transformers.GPTJConfig(**OF_GPT2, rotary_dim=4), "transformer.h.{}", norm="ln_1"
+    ),
     "OPT": Family(
         lambda: transformers.OPTConfig(
             **SPECIAL,
@@ -67,6 +71,7 @@ FAMILIES = {
         "model.decoder.layers.{}",
         reads="fc1",
         writes="fc2",
+        norm="final_layer_norm",
     ),
     "BLOOM": Family(
         lambda: transformers.BloomConfig(**SPECIAL, hidden_size=D_MODEL, n_layer=N_BLOCKS, n_head=2),
@@ -84,12 +89,13 @@ FAMILIES = {
     "Gemma 3": Family(
         of_llama("Gemma3TextConfig", head_dim=8), "model.layers.{}", writes="post_feedforward_layernorm"
     ),
-    "Phi": Family(of_llama("PhiConfig", num_key_value_heads=2), "model.layers.{}"),
+    "Phi": Family(of_llama("PhiConfig", num_key_value_heads=2), "model.layers.{}", norm="input_layernorm"),
     "Falcon": Family(
         lambda: transformers.FalconConfig(
             **SPECIAL, **HEADS, hidden_size=D_MODEL, num_kv_heads=2, max_position_embeddings=32
         ),
         "transformer.h.{}",
+        norm="input_layernorm",
     ),
     "OLMo": Family(of_llama("OlmoConfig"), "model.layers.{}"),
     "OLMo 2": Family(of_llama("Olmo2Config"), "model.layers.{}", writes="post_feedforward_layernorm"),
@@ -162,6 +168,30 @@ class Reference:
         finally:
             for handle in handles:
                 handle.remove()
+
+    @torch.no_grad()
+    def effect_of_first_mlp(self, tokens: Tensor, direction: Tensor) -> Tensor:
+        """What the first block's MLP adds to direction . x at the last token, the norm's scale held fixed.
+
+        x, the input of the MLP of `BLOCK`, is linear in the residual stream then: elementwise, x less the
+        norm's bias is the (centred) stream times a fixed vector.
+        """
+        x = self.pairs(tokens)[0][0, -1].double()
+        norm = self.module(self.family.norm)
+        read: list[Tensor] = []
+        wrote: list[Tensor] = []
+        handles = [
+            norm.register_forward_pre_hook(lambda _m, args: read.append(args[0])),
+            self.module(self.family.writes, 0).register_forward_hook(lambda _m, _a, y: wrote.append(y)),
+        ]
+        self.model(tokens)
+        for handle in handles:
+            handle.remove()
+        bias = getattr(norm, "bias", None)
+        stream, written = (v[0].view(*tokens.shape, -1)[0, -1].double() for v in (read, wrote))
+        if "LayerNorm" in type(norm).__name__ and "RMS" not in type(norm).__name__:
+            stream, written = stream - stream.mean(), written - written.mean()
+        return ((x - (0 if bias is None else bias.double())) / stream * written * self.scale) @ direction
 
     def pairs(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The MLP's input and its contribution, [sequences, positions, d_model]."""

@@ -48,14 +48,21 @@ SAELENS_TRANSCODERS = {
     "saelens transcoder": (Transcoder, TranscoderConfig),
     "saelens skip_transcoder": (SkipTranscoder, SkipTranscoderConfig),
     "saelens jumprelu_skip_transcoder": (JumpReLUSkipTranscoder, JumpReLUSkipTranscoderConfig),
-    "skip_transcoder that keeps its skip": (mxd_lens.SkipTranscoder, SkipTranscoderConfig),
+    "skip_transcoder that keeps its skip": (mxd_lens.SkipTranscoder, mxd_lens.SkipTranscoderConfig),
     "jumprelu_skip_transcoder that keeps its skip": (
         mxd_lens.JumpReLUSkipTranscoder,
-        JumpReLUSkipTranscoderConfig,
+        mxd_lens.JumpReLUSkipTranscoderConfig,
     ),
 }
 SAELENS = [*SAELENS_TRANSCODERS, "saelens topk", "saelens topk rescaled"]
 LAYERS = [f"{name}, {k}" for name in OURS for k in ("k", "relu")] + SAELENS
+NOT_MIXTURES_OF_ROWS = {
+    "affine_mxd": (mxd_lens.AffineMxD, mxd_lens.AffineMxDConfig, {"d_hidden": 24}),
+    "affine_skip_mxd": (mxd_lens.AffineSkipMxD, mxd_lens.AffineSkipMxDConfig, {"d_hidden": 24}),
+    "molt": (mxd_lens.MOLT, mxd_lens.MOLTConfig, {"rank": 3}),
+}
+ALL_LAYERS = [*LAYERS, "affine_mxd, k", "affine_skip_mxd, relu", "molt, k", "molt, relu"]
+"""Those, too, whose experts are not one row of W_dec each."""
 
 
 def make_layer(kind: str, dtype: str = "float64", d_model: int = D_MODEL, layer: int = 1):
@@ -74,7 +81,7 @@ def make_layer(kind: str, dtype: str = "float64", d_model: int = D_MODEL, layer:
         )
     else:
         name, sparsity = kind.split(", ")
-        made, config, extra = OURS[name]
+        made, config, extra = (OURS | NOT_MIXTURES_OF_ROWS)[name]
         k = 4 if sparsity == "k" else None
         sae = made(config(d_out=d_model, k=k, metadata=metadata, **settings, **extra))
     with torch.random.fork_rng():
@@ -87,6 +94,11 @@ def make_layer(kind: str, dtype: str = "float64", d_model: int = D_MODEL, layer:
 def written_by(sae, x: torch.Tensor, n: int) -> torch.Tensor:
     """What expert n writes, from the definition: a_n W_n^T z, or a_n c_n."""
     a = sae.encode(x)[..., n, None]
+    if isinstance(sae, mxd_lens.AffineMxD):
+        return a * (sae.hidden(x) @ (sae.W_out * sae.W_dec[n]) + sae.b_expert[n])
+    if isinstance(sae, mxd_lens.MOLT):
+        rows = slice(3 * n, 3 * n + 3)
+        return a * ((x @ sae.W_read[:, rows] + sae.b_read[rows]) @ sae.W_dec[rows])
     if isinstance(sae, MxD):
         return a * (sae.hidden(x) @ sae.expert_weight(n))
     row = sae.W_dec[n]

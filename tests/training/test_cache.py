@@ -1,5 +1,8 @@
 """Activations on disk: the language model runs once, and nothing else changes."""
 
+import errno
+import json
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,10 +19,13 @@ from sae_lens import HookedSAETransformer, TopKTrainingSAEConfig
 from torch import Tensor
 
 from mxd_lens import PairedActivationsStore
+from mxd_lens.artifacts.files import LockedError, WriteError
+from mxd_lens.artifacts.identity import RunIdentity
 from mxd_lens.training.cache import ActivationCache
 
 WIDTH = 3
-SETTINGS = {"width": WIDTH, "dtype": torch.float32, "key": "a model, a layer, a text"}
+IDENTITY = RunIdentity.of(model_name="a model", hooks=["a layer"], text="a text")
+SETTINGS = {"width": WIDTH, "dtype": torch.float32, "identity": IDENTITY}
 
 
 def rows(*sizes: int) -> list[Tensor]:
@@ -31,6 +37,7 @@ def filled(folder: Path, batches: list[Tensor], **changes: Any) -> ActivationCac
     cache = ActivationCache(folder, **(SETTINGS | changes))
     for batch in batches:
         cache.append(batch)
+    cache.close()
     return cache
 
 
@@ -46,10 +53,13 @@ def assert_same(got: list[Tensor], expected: list[Tensor]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_round_trip(tmp_path: Path, dtype: torch.dtype) -> None:
     batches = rows(2, 5, 0, 1)
-    written = [filled(tmp_path, [], dtype=dtype).append(batch) for batch in batches[:1]]
-    written += [ActivationCache(tmp_path, WIDTH, dtype, SETTINGS["key"]).append(b) for b in batches[1:]]
+    written = []
+    for batch in batches:
+        cache = ActivationCache(tmp_path, WIDTH, dtype, IDENTITY)
+        written.append(cache.append(batch))
+        cache.close()
     assert_same(written, [batch.to(dtype) for batch in batches])
-    cache = ActivationCache(tmp_path, WIDTH, dtype, SETTINGS["key"])
+    cache = ActivationCache(tmp_path, WIDTH, dtype, IDENTITY)
     assert_same(contents(cache), written)
     assert 3 in cache
     assert 4 not in cache
@@ -69,11 +79,77 @@ def test_completeness_is_kept(tmp_path: Path) -> None:
     assert len(ActivationCache(tmp_path, **SETTINGS)) == 1
 
 
-@pytest.mark.parametrize("change", [{"key": "another"}, {"width": 4}, {"dtype": torch.float16}])
-def test_the_activations_of_something_else(tmp_path: Path, change: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        (
+            {"identity": RunIdentity(IDENTITY.fields | {"text": "other"})},
+            "text: 'a text' then, 'other' now",
+        ),
+        ({"width": 4}, "width: 3 then, 4 now"),
+        ({"dtype": torch.float16}, "dtype: 'torch.float32' then, 'torch.float16' now"),
+    ],
+)
+def test_the_activations_of_something_else(tmp_path: Path, change: dict[str, Any], difference: str) -> None:
     filled(tmp_path, rows(2))
-    with pytest.raises(ValueError, match="another model, layer, text or tokenisation"):
+    with pytest.raises(ValueError, match=rf"holds the results of another run \({difference}\)"):
         ActivationCache(tmp_path, **(SETTINGS | change))
+
+
+def test_a_cache_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
+    header = {"key": "0123", "width": WIDTH, "dtype": "torch.float32"}
+    (tmp_path / "batches.jsonl").write_text(json.dumps(header) + '\n{"end": 2}\n')
+    with pytest.raises(ValueError, match="holds the results of another run"):
+        ActivationCache(tmp_path, **SETTINGS)
+
+
+@pytest.mark.parametrize("where", [0, 17, -1])
+def test_damaged_rows_are_not_trained_on(tmp_path: Path, where: int) -> None:
+    filled(tmp_path, rows(2, 4))
+    content = bytearray((tmp_path / "activations.bin").read_bytes())
+    content[where] ^= 1
+    (tmp_path / "activations.bin").write_bytes(content)
+    with pytest.raises(ValueError, match=r"damaged: batch \d of activations.bin is not what was written"):
+        contents(ActivationCache(tmp_path, **SETTINGS))
+
+
+@pytest.mark.parametrize(
+    "line", ['{"end": 1, "hash": "0"}', '{"end": "x", "hash": "0"}', '{"end": 9}', "[1]", "nonsense"]
+)
+def test_a_damaged_index(tmp_path: Path, line: str) -> None:
+    filled(tmp_path, rows(2, 4))
+    with (tmp_path / "batches.jsonl").open("a") as file:
+        file.write(f"{line}\n")
+    with pytest.raises(ValueError, match="damaged"):
+        ActivationCache(tmp_path, **SETTINGS)
+
+
+def test_one_process_at_a_time_adds_and_any_number_reads(tmp_path: Path) -> None:
+    one, other = ActivationCache(tmp_path, **SETTINGS), ActivationCache(tmp_path, **SETTINGS)
+    one.append(rows(2)[0])
+    with pytest.raises(LockedError, match=rf"fills this activation cache \(process {os.getpid()} on"):
+        other.append(rows(3)[0])
+    one.mark_complete()
+    with pytest.raises(ValueError, match="Another process has added"):
+        other.append(rows(3)[0])
+    assert_same(contents(ActivationCache(tmp_path, **SETTINGS)), rows(2))
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_a_full_disk_ends_in_one_line_and_keeps_the_batches_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = filled(tmp_path, rows(2, 4))
+
+    def full(_: ActivationCache, line: dict[str, Any]) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ActivationCache, "_write_line", full)
+        with pytest.raises(WriteError, match=r"No space left on device. The activations so far are kept"):
+            cache.append(rows(3)[0])
+    assert_same([cache.append(rows(1)[0])], rows(1))
+    assert_same(contents(ActivationCache(tmp_path, **SETTINGS)), [*rows(2, 4), rows(1)[0]])
 
 
 def test_rows_without_their_line_are_not_counted(tmp_path: Path) -> None:
@@ -85,6 +161,7 @@ def test_rows_without_their_line_are_not_counted(tmp_path: Path) -> None:
     cache = ActivationCache(tmp_path, **SETTINGS)
     assert_same(contents(cache), batches)
     cache.append(rows(3)[0])
+    cache.close()
     assert_same(contents(ActivationCache(tmp_path, **SETTINGS)), [*batches, rows(3)[0]])
 
 
@@ -92,7 +169,7 @@ def test_rows_that_are_missing(tmp_path: Path) -> None:
     filled(tmp_path, rows(2, 4))
     file = tmp_path / "activations.bin"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"shorter than batches\.jsonl says: delete"):
+    with pytest.raises(ValueError, match=r"shorter than batches\.jsonl says\. Delete"):
         ActivationCache(tmp_path, **SETTINGS)
 
 
@@ -208,6 +285,7 @@ def test_a_resumed_store_with_a_cache(
     store.save_to_checkpoint(tmp_path)
     shutil.copytree(tmp_path / "now", tmp_path / "then")
     take(store, 9)
+    store.close()
     for cache in ("now", "then"):
         resumed = cached_store(tiny_model, texts, tmp_path / cache)
         resumed.load_from_checkpoint(tmp_path)
@@ -245,15 +323,13 @@ def test_a_rounding_cache_gives_every_epoch_the_same(
         {"exclude_special_tokens": False},
         {"prepend_bos": False},
         {"store_batch_size_prompts": 3},
-        {"dataset_path": "another"},
-        {"model_name": "another"},
     ],
 )
 def test_a_cache_of_another_run_is_refused(
     tiny_model: HookedSAETransformer, texts: list[str], tmp_path: Path, change: dict[str, Any]
 ) -> None:
     next(cached_store(tiny_model, texts, tmp_path))
-    with pytest.raises(ValueError, match="another model, layer, text or tokenisation"):
+    with pytest.raises(ValueError, match="holds the results of another run"):
         cached_store(tiny_model, texts, tmp_path, **change)
 
 
@@ -289,7 +365,7 @@ def test_a_cache_of_other_weights_or_text_under_the_same_name(
         tiny_model.W_E.data.mul_(-1)
     else:
         texts = [*texts[:-1], "red " * 20]
-    with pytest.raises(ValueError, match="another model, layer, text or tokenisation"):
+    with pytest.raises(ValueError, match="holds the results of another run"):
         cached_store(tiny_model, texts, tmp_path)
 
 
@@ -298,16 +374,41 @@ def test_a_short_text_with_a_cache(tiny_model: HookedSAETransformer, tmp_path: P
         next(cached_store(tiny_model, ["the cat"], tmp_path))
 
 
-@pytest.mark.parametrize(("noise", "accepted"), [(1e-4, True), (0.5, False)])
-def test_a_model_that_rounds_otherwise(
-    tiny_model: HookedSAETransformer, texts: list[str], tmp_path: Path, noise: float, accepted: bool
+@pytest.mark.parametrize("change", [1e-6, 0.5])
+def test_any_other_weights_are_refused(
+    tiny_model: HookedSAETransformer, texts: list[str], tmp_path: Path, change: float
 ) -> None:
-    """A forward pass differs a little between machines; another model differs more."""
     next(cached_store(tiny_model, texts, tmp_path))
-    weight = tiny_model.blocks[0].mlp.W_out.data
-    weight.mul_(1 + noise * torch.randn_like(weight))
-    if accepted:
+    tiny_model.blocks[0].mlp.W_out.data[-1, -1] += change
+    with pytest.raises(ValueError, match=r"model\.weights: '[0-9a-f]+' then, '[0-9a-f]+' now"):
         cached_store(tiny_model, texts, tmp_path)
-    else:
-        with pytest.raises(ValueError, match="another model"):
-            cached_store(tiny_model, texts, tmp_path)
+
+
+def test_a_later_batch_is_compared_too(
+    tiny_model: HookedSAETransformer, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same weights, text and settings, and other activations: another kernel, or a damaged cache."""
+    first = cached_store(tiny_model, texts, tmp_path)
+    take(first, 20)
+    first.close()
+    capture, calls = PairedActivationsStore._capture, []
+
+    def wrong_later(self: PairedActivationsStore, tokens: Tensor) -> Tensor:
+        calls.append(1)
+        return capture(self, tokens) * (1 if len(calls) == 1 else 1.05)
+
+    monkeypatch.setattr(PairedActivationsStore, "_capture", wrong_later)
+    monkeypatch.setattr(torch, "randint", lambda *_: torch.tensor(3))
+    with pytest.raises(ValueError, match=r"holds other activations than this model gives.*batch 3"):
+        cached_store(tiny_model, texts, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change", [{"sequence_separator_token": None}, {"disable_concat_sequences": True}, {"dtype": "bfloat16"}]
+)
+def test_every_setting_that_decides_the_activations_is_known(
+    tiny_model: HookedSAETransformer, texts: list[str], tmp_path: Path, change: dict[str, Any]
+) -> None:
+    next(cached_store(tiny_model, texts, tmp_path))
+    with pytest.raises(ValueError, match=f"{next(iter(change))}: "):
+        cached_store(tiny_model, texts, tmp_path, **change)

@@ -114,7 +114,7 @@ def assert_as_alone(folder: Path, alone: Path, names: list[str]) -> None:
 
 
 def fail_at(runner: MultiTranscoderTrainingRunner, name: str, step: int, error: Exception) -> None:
-    trainer = runner.runs[name].trainer
+    trainer = runner.members[name].trainer
     train = trainer.step
 
     def failing(batch: torch.Tensor) -> Any:
@@ -179,7 +179,7 @@ def test_one_that_fails_leaves_the_others_alone(runner, alone: Path, tmp_path: P
 
 def test_a_learning_rate_that_diverges(runner) -> None:
     run = runner()
-    run.runs["mxd"].trainer.optimizer.param_groups[0]["lr"] = 1e30
+    run.members["mxd"].trainer.optimizer.param_groups[0]["lr"] = 1e30
     layers = run.run()
     assert "mxd" not in layers
     assert "Training stopped at step" in run.failures["mxd"]
@@ -198,7 +198,7 @@ def test_all_fail(runner) -> None:
 def test_stopped_and_resumed(runner, alone: Path, tmp_path: Path, step: int) -> None:
     run = runner(n_checkpoints=5)
     fail_at(run, "transcoder", 1, ValueError("no"))
-    trainer = run.runs["sae"].trainer
+    trainer = run.members["sae"].trainer
     train = trainer.step
 
     def stopping(batch: torch.Tensor) -> Any:
@@ -248,7 +248,7 @@ def test_a_layer_without_room(runner, alone: Path, tmp_path: Path, monkeypatch: 
     def full(*_: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(run.runs["mxd"].sae, "save_inference_model", full)
+    monkeypatch.setattr(run.members["mxd"].sae, "save_inference_model", full)
     assert list(run.run()) == NAMES[1:]
     assert "No space left on device" in run.failures["mxd"]
     assert_as_alone(tmp_path, alone, NAMES[1:])

@@ -306,7 +306,7 @@ def test_what_is_no_checkpoint(folder: Path, stopped: Path, make: Callable[..., 
 
 @pytest.mark.parametrize(
     "name",
-    [WEIGHTS, "trainer_state.pt", "activations_store_state.safetensors", "runner_cfg.json", "history.json"],
+    [WEIGHTS, "trainer_state.pt", "activations_store_state.safetensors", "identity.json", "history.json"],
 )
 def test_a_damaged_checkpoint(stopped: Path, make: Callable[..., Any], name: str) -> None:
     damaged = (stopped / "912" / name).read_bytes()[:-20]

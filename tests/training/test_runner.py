@@ -109,6 +109,7 @@ def test_what_is_written(runner, tmp_path: Path) -> None:
         "cfg.json",
         "checkpoints",
         "history.json",
+        "identity.json",
         "runner_cfg.json",
         "sae_weights.safetensors",
         "sparsity.safetensors",
@@ -116,7 +117,16 @@ def test_what_is_written(runner, tmp_path: Path) -> None:
     history = json.loads((tmp_path / "run" / "history.json").read_text())
     assert [entry["step"] for entry in history] == list(range(1, STEPS + 1))
     assert [entry["tokens"] for entry in history] == list(range(BATCH, (STEPS + 1) * BATCH, BATCH))
-    assert history[0].keys() == {"step", "tokens", "loss", "normalized_mse", "l0", "dead", "lr"}
+    assert history[0].keys() == {
+        "step",
+        "tokens",
+        "loss",
+        "normalized_mse",
+        "relative_error",
+        "l0",
+        "dead",
+        "lr",
+    }
     assert all(0 < entry["l0"] <= 3 for entry in history)
     assert history == run.trainer.history
     assert json.loads((tmp_path / "run" / "runner_cfg.json").read_text())["lr"] == 1e-2
@@ -178,7 +188,7 @@ def test_the_defaults_are_the_papers() -> None:
     assert (cfg.train_batch_size_tokens, cfg.context_size, cfg.prepend_bos) == (4096, 128, True)
     assert (cfg.training_tokens, cfg.model_name) == (480_000_000, "gpt2")
     assert not cfg.logger.log_to_wandb
-    assert cfg.checkpoint_path == "output/checkpoints"
+    assert cfg.checkpoint_path == str(Path("output/checkpoints").resolve())
 
 
 @pytest.mark.parametrize("warm_up", [0, 5, 30, 5000])
@@ -347,7 +357,7 @@ def test_bad_activations_stop_the_run_before_they_spoil_it(runner, tmp_path: Pat
 def test_bad_activations_before_the_first_checkpoint(runner) -> None:
     run = runner()
     run.trainer.data_provider = Poisoned(run, 2, set_to(float("nan"), ...))
-    with pytest.raises(FloatingPointError, match=r"16 of 16 activation pairs.*none was written yet"):
+    with pytest.raises(FloatingPointError, match=r"16 of 16 activation pairs.*There is no checkpoint"):
         run.run()
 
 
@@ -373,7 +383,7 @@ def test_a_checkpoint_that_cannot_be_written(
     caplog: pytest.LogCaptureFixture,
     error: Exception,
 ) -> None:
-    """The earlier one stays, the run goes on and ends as it would have."""
+    """The earlier one stays, the run continues and ends as it would have."""
     save = TranscoderTrainer.save_trainer_state
 
     def save_sometimes(self: TranscoderTrainer, folder: Path) -> None:
@@ -387,7 +397,7 @@ def test_a_checkpoint_that_cannot_be_written(
     run.run()
     assert files(tmp_path / "run" / "checkpoints") == ["176"]
     assert f"{error}" in caplog.text
-    assert "Training goes on" in caplog.text
+    assert "Training continues" in caplog.text
     monkeypatch.undo()
     assert_same(weights(runner(output_path=None).run()), weights(run.sae))
 
@@ -398,14 +408,14 @@ def test_no_room_for_large_files(runner, tmp_path: Path) -> None:
     run = runner(sae={"d_sae": 3000})
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
-        with pytest.raises(OSError, match="Could not write the trained layer"):
+        with pytest.raises(OSError, match=r"Could not write .*run: "):
             run.run()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert run.trainer.n_training_steps == STEPS
     assert files(tmp_path / "run") == ["checkpoints"]
     assert files(tmp_path / "run" / "checkpoints") == []
-    run.save_final_sae(tmp_path / "elsewhere")
+    run.save_final_sae(output_path=tmp_path / "elsewhere")
     assert_same(weights(MxD.from_pretrained(tmp_path / "elsewhere")), weights(run.sae))
 
 

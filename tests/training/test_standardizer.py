@@ -8,12 +8,13 @@ import torch
 from conftest import HOOK_OUT
 from datasets import Dataset
 from runs import run_config
-from sae_lens import SAE, TopKTrainingSAEConfig
+from sae_lens import SAE, TopKTrainingSAEConfig, TrainingSAE
 from small_layers import sizes_of
 from test_transcoders import D_IN, D_OUT, K, N, randomised
 
 from mxd_lens import TranscoderRunnerConfig, TranscoderTrainingRunner
 from mxd_lens.architectures import ARCHITECTURES
+from mxd_lens.training.checkpoints import complete_checkpoints
 from mxd_lens.training.standardizer import Standardizer
 from mxd_lens.training.trainer import TrainingInterrupted
 
@@ -115,16 +116,90 @@ def test_stopped_and_resumed(tiny_model, text, tmp_path: Path) -> None:
         assert torch.equal(weight, resumed.state_dict()[name]), name
 
 
-def test_an_sae_of_saelens(tiny_model, text, tmp_path: Path) -> None:
+def normalized_mse(sae, pairs: torch.Tensor, d_in: int) -> float:
+    x, y = pairs[:, :d_in], pairs[:, -sae.cfg.d_out :] if hasattr(sae.cfg, "d_out") else pairs
+    return ((sae(x) - y).pow(2).sum(1) / y.pow(2).sum(1)).mean().item()
+
+
+def sae_config(**changes) -> TranscoderRunnerConfig:
     cfg = run_config()
-    cfg = TranscoderRunnerConfig(
+    same = ("context_size", "train_batch_size_tokens", "n_batches_in_buffer", "store_batch_size_prompts")
+    return TranscoderRunnerConfig(
         sae=TopKTrainingSAEConfig(d_in=cfg.sae.d_in, d_sae=24, k=3),
         hook_name=HOOK_OUT,
         hook_name_out=HOOK_OUT,
-        context_size=cfg.context_size,
-        train_batch_size_tokens=16,
-        n_batches_in_buffer=8,
-        store_batch_size_prompts=4,
+        **{name: getattr(cfg, name) for name in same},
+        **{"output_path": None} | changes,
+    )
+
+
+@pytest.mark.parametrize("config", [run_config, sae_config])
+def test_a_checkpoint_loads_as_a_layer_for_the_activations_themselves(
+    tiny_model, text, tmp_path: Path, config
+) -> None:
+    """Through SAELens and through us, with the error that the trained layer has."""
+    with torch.no_grad():
+        tiny_model.blocks[1].mlp.W_out.mul_(20)  # so that it matters
+    settings = {"training_tokens": 1600, "lr": 1e-2, "lr_warm_up_steps": 0, "n_checkpoints": 20}
+    cfg = config(standardize_activations=True, output_path=str(tmp_path / "run"), **settings)
+    run = TranscoderTrainingRunner(cfg, text, tiny_model)
+    run.run()
+    pairs = next(run.activations_store)
+    checkpoint = complete_checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    final = normalized_mse(SAE.load_from_disk(tmp_path / "run"), pairs, cfg.sae.d_in)
+    assert final < 0.7
+    for load in (SAE.load_from_disk, TrainingSAE.load_from_disk):
+        assert normalized_mse(load(checkpoint), pairs, cfg.sae.d_in) == pytest.approx(final, rel=0.2)
+
+
+@pytest.mark.parametrize("config", [run_config, sae_config])
+@pytest.mark.parametrize("start", ["from_pretrained_path", "override_sae"])
+def test_a_trained_layer_trained_further_is_the_same_layer(
+    tiny_model, text, tmp_path: Path, start: str, config
+) -> None:
+    """One step at a learning rate of nothing leaves it as it was."""
+    with torch.no_grad():
+        tiny_model.blocks[1].mlp.W_out.mul_(20)
+    settings = {"standardize_activations": True, "lr_warm_up_steps": 0, "n_checkpoints": 0}
+    cfg = config(training_tokens=1600, lr=1e-2, output_path=str(tmp_path / "run"), **settings)
+    run = TranscoderTrainingRunner(cfg, text, tiny_model)
+    run.run()
+    pairs = next(run.activations_store)
+    before = normalized_mse(SAE.load_from_disk(tmp_path / "run"), pairs, cfg.sae.d_in)
+    further = {"from_pretrained_path": str(tmp_path / "run")} if start == "from_pretrained_path" else {}
+    layer = None if further else TrainingSAE.load_from_disk(tmp_path / "run")
+    again = TranscoderTrainingRunner(
+        config(training_tokens=16, lr=1e-12, **settings, **further), text, tiny_model, override_sae=layer
+    ).run()
+    assert normalized_mse(again, pairs, cfg.sae.d_in) == pytest.approx(before, rel=1e-3)
+
+
+@pytest.mark.parametrize(("cfg", "training"), layers())
+def test_unfolded_and_folded_again_it_is_the_same_layer(cfg, training) -> None:
+    layer = randomised(training(cfg))
+    layer.normalize_decoder()
+    pairs = 3 * torch.randn(50, D_IN + D_OUT, dtype=torch.float64) + torch.arange(D_IN + D_OUT)
+    expected = layer(pairs[:, :D_IN])
+    scaler = Standardizer(layer, is_trained=True)
+    x = scaler(pairs)[:, :D_IN]
+    torch.testing.assert_close(layer(x) * scaler.statistics["target_scale"], expected, rtol=1e-6, atol=1e-6)
+    scaler.fold(layer)
+    torch.testing.assert_close(layer(pairs[:, :D_IN]), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_new_layer_given_is_standardised_as_a_new_one(tiny_model, text) -> None:
+    """Its biases are zero: nothing was trained that could be lost."""
+    cfg = run_config(standardize_activations=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(cfg.seed)
+        given = TrainingSAE.from_dict(cfg.get_training_sae_cfg_dict())
+    one = TranscoderTrainingRunner(cfg, text, tiny_model).run()
+    other = TranscoderTrainingRunner(cfg, text, tiny_model, override_sae=given).run()
+    assert all(torch.equal(w, other.state_dict()[name]) for name, w in one.state_dict().items())
+
+
+def test_an_sae_of_saelens(tiny_model, text, tmp_path: Path) -> None:
+    cfg = sae_config(
         training_tokens=100 * 16,
         standardize_activations=True,
         lr=3e-3,
@@ -133,9 +208,7 @@ def test_an_sae_of_saelens(tiny_model, text, tmp_path: Path) -> None:
     )
     run = TranscoderTrainingRunner(cfg, text, tiny_model)
     run.run()
-    y = next(run.activations_store)
-    sae = SAE.load_from_disk(tmp_path / "sae")
-    error = ((sae(y) - y).pow(2).sum(1) / y.pow(2).sum(1)).mean().item()
+    error = normalized_mse(SAE.load_from_disk(tmp_path / "sae"), next(run.activations_store), cfg.sae.d_in)
     assert error == pytest.approx(run.trainer.history[-1]["normalized_mse"], rel=0.5)
 
 

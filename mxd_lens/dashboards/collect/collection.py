@@ -278,7 +278,7 @@ def token_effects(
     """The tokens that each expert promotes and suppresses; none for a layer outside the residual stream."""
     W_U = model.W_U
     k = min(k, W_U.shape[1])
-    if not experts or not k or sae.W_dec.shape[1] != len(W_U):
+    if not experts or not k or len(sae.b_dec) != len(W_U):
         return {}
     norm = read_norm(model.ln_final, W_U)
     mean_W_U = W_U.double().mean(-1, keepdim=True)

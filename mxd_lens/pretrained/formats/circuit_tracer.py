@@ -23,6 +23,7 @@ from urllib.parse import parse_qs, urlparse
 import yaml
 from sae_lens import logger
 from safetensors.torch import save_file
+from torch import Tensor
 
 from mxd_lens.architectures.saved import shown
 from mxd_lens.pretrained.formats.foreign import ForeignLayer, block_of, mlp_module_output
@@ -191,7 +192,8 @@ def _own_weights(file: Path, location: str, config: Mapping[str, Any]) -> Foreig
                 f"{shown(str(k))}."
             )
     check_shapes(file, weights, shapes)
-    ours = {name: weights[name] for name in ("b_enc", "W_dec", "b_dec", "W_skip") if name in weights}
+    names = ("b_enc", "W_dec", "b_dec", "W_skip")
+    ours: dict[str, Tensor] = {name: weights[name] for name in names if name in weights}
     ours["W_enc"] = weights["W_enc"].T
     if activation == "jumprelu":
         ours["threshold"] = weights[THRESHOLD]

@@ -49,8 +49,7 @@ def read(source: Source, layer: str) -> ForeignLayer:
         raise ValueError(
             f"{path} holds a params.npz of Gemma Scope, whose files say neither their block nor whether they "
             "are SAEs or transcoders: the path does. Keep the release's own folders, as "
-            "gemma-scope-2b-pt-transcoders/layer_19/width_16k/average_l0_15, or name hook_name and "
-            "hook_name_out."
+            "gemma-scope-2b-pt-transcoders/layer_19/width_16k/average_l0_15."
         )
     model_name = MODELS.get(foreign.weights["W_enc"].shape[0])
     foreign.model_name = f"{model_name}-it" if model_name and re.search(r"-it\b", path) else model_name

@@ -27,11 +27,10 @@ from mxd_lens.pretrained.formats.source import (
     safetensors_names,
     width_of,
 )
+from mxd_lens.pretrained.saelens_loaders import CHAT_PREFIX
 
 NAME = "Gemma Scope 2"
 CONFIG, WEIGHTS = "config.json", "params.safetensors"
-CHAT_PREFIX = 4
-"""Positions of <bos><start_of_turn>user and a new line, at the start of every chat."""
 
 
 def recognises(source: Source, layer: str) -> bool:
@@ -78,7 +77,7 @@ def read(source: Source, layer: str) -> ForeignLayer:
         "exclude_special_tokens": True,
         "seqpos_slice": [CHAT_PREFIX, None] if (model_name or "").endswith("-it") else None,
         "context_size": 1024,
-        "stated_l0": float(stated) if type(stated) in (int, float) else None,
+        "stated_l0": float(stated) if isinstance(stated, int | float) else None,
         "source_format": NAME,
     }
     return foreign
@@ -131,7 +130,9 @@ def _hook(file: Path, config: dict[str, Any], name: str) -> str | None:
         "self_attn.o_proj.input": f"blocks.{block}.attn.hook_z",
     }
     if match[2] not in points:
-        raise ValueError(f"{file}: {name} is {shown(value)}, a place that no layer here reads or writes.")
+        raise ValueError(
+            f"{file}: {name} is {shown(str(value))}, a place that no layer here reads or writes."
+        )
     return points[match[2]]
 
 

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 import torch
 import yaml
-from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
-from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -85,16 +85,11 @@ class Repository:
     def _listing(self) -> frozenset[str]:
         """The files of the repository; without a network, those in the cache."""
         with hub_errors(self.location):
-            if not constants.HF_HUB_OFFLINE:
-                try:
-                    return frozenset(HfApi().list_repo_files(self.location, revision=self.revision))
-                except (HTTPError, OfflineModeIsEnabled):
-                    pass
             try:
+                return frozenset(HfApi().list_repo_files(self.location, revision=self.revision))
+            except (HTTPError, OfflineModeIsEnabled):
                 cached = snapshot_download(self.location, revision=self.revision, local_files_only=True)
-            except LocalEntryNotFoundError:
-                raise
-            return frozenset(Folder(cached).files())
+                return frozenset(Folder(cached).files())
 
 
 # Files as they are, with errors that name them

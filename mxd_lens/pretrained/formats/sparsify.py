@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from mxd_lens.architectures.saved import shown
 from mxd_lens.pretrained.formats.foreign import ForeignLayer, block_of, mlp_module_output
@@ -76,7 +77,7 @@ def read(source: Source, layer: str) -> ForeignLayer:
     if skips:
         shapes["W_skip"] = (d_in, d_in)
     check_shapes(weights_file, weights, shapes)
-    ours = {name: weights[name] for name in ("W_dec", "b_dec", "W_skip") if name in weights}
+    ours: dict[str, Tensor] = {n: weights[n] for n in ("W_dec", "b_dec", "W_skip") if n in weights}
     ours["W_enc"], ours["b_enc"] = weights["encoder.weight"].T, weights["encoder.bias"]
     if not transcodes:
         shift = weights["encoder.weight"].double() @ weights["b_dec"].double()
@@ -105,15 +106,17 @@ def read(source: Source, layer: str) -> ForeignLayer:
 
 def _widths(file: Path, config: dict[str, Any]) -> tuple[int, int, int]:
     """d_in, d_sae and k."""
-    d_in, k = config.get("d_in"), config.get("k")
-    d_sae = config.get("num_latents") or None
-    expansion = config.get("expansion_factor")
-    for name, value in (("d_in", d_in), ("k", k), ("expansion_factor", expansion if d_sae is None else 1)):
+
+    def count(name: str) -> int:
+        value = config.get(name)
         if type(value) is not int or not 1 <= value <= MAX_WIDTH:
             raise ValueError(f"{file}: {name} should be a positive integer, got {shown(str(value))}.")
-    d_sae = d_in * expansion if d_sae is None else d_sae
-    if type(d_sae) is not int or not k <= d_sae <= MAX_WIDTH:
-        raise ValueError(f"{file}: num_latents should be an integer from k = {k}, got {shown(str(d_sae))}.")
+        return value
+
+    d_in, k = count("d_in"), count("k")
+    d_sae = count("num_latents") if config.get("num_latents") else d_in * count("expansion_factor")
+    if k > d_sae:
+        raise ValueError(f"{file}: k should be at most the number of latents, {d_sae}, got {k}.")
     return d_in, d_sae, k
 
 
