@@ -3,14 +3,15 @@
     python -m benchmarks.dashboard --output FOLDER [--experts 200] [--tokens 200000] [--text embedded]
                                    [--threads 2] [--also 17,42] [--no-loss-effects] [--json FILE]
 
-The experts are drawn at random; --also names some in addition. Several numbers of experts (--experts
-20,40,80) are collected one after the other, each into a folder of its own, which shows what one more expert
-costs. Seconds are of the clock and, in brackets, of the processor; what an interrupted run had done is not
-in them.
+The experts are drawn at random, or are all that fire (--experts live); --also names some in addition.
+Several numbers of experts (--experts 20,40,80) are collected one after the other, each into a folder of its
+own, which shows what one more expert costs. Seconds are of the clock and, in brackets, of the processor; what
+an interrupted run had done is not in them.
 """
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.train_step import Setting, added_resident_bytes, machine
 from mxd_lens import MxD, load_model
@@ -27,17 +26,18 @@ from mxd_lens.cli.options import integers
 from mxd_lens.dashboards.collect import collection
 from mxd_lens.dashboards.collect.collection import collect_dashboard
 from mxd_lens.dashboards.collect.data import CollectionConfig, DashboardData
-from mxd_lens.dashboards.collect.excerpts import Chosen
-from mxd_lens.dashboards.collect.firings import Firings
+from mxd_lens.dashboards.collect.excerpts import SecondPass
+from mxd_lens.dashboards.collect.firings import FirstPass
 from mxd_lens.models import SMOLLM2
 from mxd_lens.text import load_text, token_sequences
 
 RELEASE, SAE_ID = "smollm2-135m-mxd", "blocks.11.mlp"
 CONTEXT = 128
 STAGES: dict[str, tuple[Any, str]] = {
-    "reading the text": (Firings, "read"),
-    "loss effects": (Chosen, "measure"),
-    "putting together": (collection, "assemble"),
+    "first pass": (FirstPass, "read"),
+    "second pass": (SecondPass, "read"),
+    "loss effects": (collection, "add_loss_effects"),
+    "spectra": (collection, "add_spectra"),
 }
 
 
@@ -104,26 +104,35 @@ def main() -> None:
     drawn = torch.randperm(mxd.cfg.d_sae, generator=torch.Generator().manual_seed(0))
     cfg = CollectionConfig(loss_effects=not args.no_loss_effects)
     results = []
-    for n in map(int, args.experts.split(",")):
-        experts = torch.cat([drawn[:n], torch.tensor(args.also, dtype=torch.long)]).unique()
-        folder = args.output / f"{n}-experts"
+    for n in args.experts.split(","):
+        experts = n if n == "live" else torch.cat([drawn[: int(n)], torch.tensor(args.also).long()]).unique()
         run = cost(
-            lambda experts=experts, folder=folder: collect_dashboard(  # type: ignore[misc]
-                mxd, model, tokens, experts, folder, cfg, text_name=args.text, layer=f"{RELEASE}/{SAE_ID}"
+            lambda experts=experts, n=n: collect_dashboard(  # type: ignore[misc]
+                model,
+                mxd,
+                tokens,
+                experts,
+                args.output / f"{n}-experts",
+                None if n == "live" else cfg,
+                text_name=args.text,
+                layer=f"{RELEASE}/{SAE_ID}",
             )
         )
         results.append(run)
         if args.json:
             about = machine(Setting("cpu", torch.float32)) | {"threads": args.threads}
             args.json.write_text(json.dumps({"machine": about, "runs": results}, indent=1) + "\n")
-    table = Table("experts", "tokens", "excerpts", *STAGES, "all, s", "MB above the model")
+    rows = []
     for run in results:
-        stages = (f"{clock:.0f} ({processor:.0f})" for clock, processor in run["stages"].values())
-        memory = "–" if run["peak_bytes"] is None else f"{run['peak_bytes'] / 1e6:,.0f}"
+        stages = [f"{clock:.0f} ({processor:.0f})" for clock, processor in run["stages"].values()]
+        memory = None if run["peak_bytes"] is None else f"{run['peak_bytes'] / 1e6:,.0f}"
         whole = f"{run['seconds']:.0f} ({run['processor_seconds']:.0f})"
-        counts = (f"{run[name]:,}" for name in ("experts", "tokens", "excerpts"))
-        table.add_row(*counts, *stages, whole, memory)
-    Console().print(table)
+        rows.append([*(run[name] for name in ("experts", "tokens", "excerpts")), *stages, whole, memory])
+    columns = ["experts", "tokens", "excerpts", *STAGES, "all, s", "MB above the model"]
+    for row in rows:
+        sys.stdout.write(
+            "".join(f"{name}: {value}\n" for name, value in zip(columns, row, strict=True)) + "\n"
+        )
 
 
 if __name__ == "__main__":

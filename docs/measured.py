@@ -7,6 +7,7 @@ value. `make numbers` writes the values, `python docs/measured.py --check` fails
 file holds, or where a page has a decimal number that is neither marked nor code.
 """
 
+import gzip
 import json
 import re
 import sys
@@ -98,20 +99,31 @@ class Frontier:
         ks = mxd.keys() & transcoder.keys()
         return SimpleNamespace(**{f"k{k}": mxd[k].normalized_mse / transcoder[k].normalized_mse for k in ks})
 
-    @property
-    def table(self) -> str:
+    def by_k(self, written: str) -> str:
+        """A table of one quantity: a row for each K, a column for each architecture.
+
+        Args:
+            written: a format string over a report, as "{0.normalized_mse:.3f}".
+        """
         found = {name: title for name, title in self.titles.items() if name in self.points}
         ks = sorted(set.union(*(set(self.points[name]) for name in found)))
-        return table(
-            ["K", *found.values()],
-            ([str(k), *(self._cell(self.points[name].get(k)) for name in found)] for k in ks),
+        rows = (
+            [str(k), *(written.format(r) if (r := self.points[name].get(k)) else "–" for name in found)]
+            for k in ks
         )
+        return table(["K", *found.values()], rows)
 
-    @staticmethod
-    def _cell(report: Report | None) -> str:
-        if report is None:
-            return "–"
-        return f"{report.normalized_mse:.3f} ({report.feature_share:.2f}), {report.added_loss:+.3f}"
+    @property
+    def errors(self) -> str:
+        return self.by_k("{0.normalized_mse:.3f}")
+
+    @property
+    def shares(self) -> str:
+        return self.by_k("{0.feature_share:.2f}")
+
+    @property
+    def losses(self) -> str:
+        return self.by_k("{0.added_loss:+.3f}")
 
     @property
     def spread(self) -> str:
@@ -124,7 +136,36 @@ class Frontier:
                     values = [[getattr(report, quantity) for report in reports] for quantity in quantities]
                     cells = [f"{mean(v):.3f} ({min(v):.3f} to {max(v):.3f})" for v in values]
                     rows.append([title, str(k), str(len(reports)), *cells])
-        return table(["", "K", "seeds", "normalised MSE", "feature share", "cross-entropy +"], rows)
+        return table(
+            ["", "K", "seeds", "normalised MSE", "explained by experts", "cross-entropy added"], rows
+        )
+
+
+def at_scale(block: int, k: int, text: str, columns: dict[str, str]) -> str:
+    """Layers at the paper's proportions: a row for each architecture, of one block, K and text.
+
+    Args:
+        block, k, text: which layers, and what they were evaluated on.
+        columns: a format string over error, ablated and added (the cross-entropy) by the column's title.
+    """
+    found: dict[str, dict[int, Any]] = {}
+    for row in AT_SCALE:
+        plain = row.get("settings", {}) in ({}, {"d_hidden": 2304}) and not row.keys() & {
+            "lr_factor",
+            "batch",
+        }
+        if plain and (row.get("block"), row.get("k")) == (block, k):
+            found.setdefault(row["architecture"], {})[row.get("seed", 0)] = row["texts"][text]
+    unmodified = mean(AT_SCALE[0]["base"][text]["ce"])
+    rows = []
+    for name, title in ARCHITECTURES_AT_SCALE.items():
+        error, ablated, ce = (
+            mean(mean(seed[quantity]) for seed in found[name].values())
+            for quantity in ("nmse", "mean_gate", "ce")
+        )
+        measured = {"error": error, "ablated": ablated, "added": ce - unmodified}
+        rows.append([title, *(written.format(**measured) for written in columns.values())])
+    return table(["", *columns], rows)
 
 
 def mean_of(reports: list[Report]) -> Report:
@@ -144,34 +185,27 @@ def bundled(release: str, sae_id: str = "blocks.11.mlp") -> SimpleNamespace:
     )
 
 
-def bundled_table() -> str:
-    """The bundled layers, on both texts."""
+def bundled_table(columns: dict[str, str]) -> str:
+    """The bundled layers, on both texts.
 
-    def rows() -> Iterator[list[str]]:
-        for name, layer in (("MxD", mxd11), ("transcoder", transcoder11)):
-            for text, r in (("WikiText-2", layer.wikitext), ("Brown", layer.brown)):
-                yield [
-                    f"{name}, {text}",
-                    *(f"{v:.3f}" for v in (r.normalized_mse, r.normalized_mse_mean_gate)),
-                    f"{r.normalized_mse_shuffled_gate:.2f}",
-                    f"{r.feature_share:.2f}",
-                    f"{r.fraction_of_variance_unexplained:.3f}",
-                    *(f"{v:.3f}" for v in (r.ce_loss, r.ce_loss_replaced, r.ce_loss_zero_ablated)),
-                    f"{r.ce_loss_recovered:.2f}",
-                ]
-
-    head = ("", "normalised MSE", "mean gate", "shuffled gate", "feature share", "FVU")
-    losses = ("cross-entropy, unmodified", "replaced", "zero ablated", "recovered")
-    return table([*head, *losses], rows())
+    Args:
+        columns: a format string over a report by the column's title.
+    """
+    rows = (
+        [f"{name}, {text}", *(written.format(report) for written in columns.values())]
+        for name, layer in (("MxD", mxd11), ("transcoder", transcoder11))
+        for text, report in (("WikiText-2", layer.wikitext), ("Brown", layer.brown))
+    )
+    return table(["", *columns], rows)
 
 
 def train_step_table() -> str:
     """A training step at GPT-2's size: this package beside others."""
     names = {
-        "reference MxD": "the formula with dense products",
+        "reference MxD": "MxD, dense products",
         "MxD": "**MxD**",
-        "floor": "its gate's product forward and its decoder branch alone",
-        "transcoder": "**TopK transcoder** of as many parameters",
+        "floor": "its gate (forward) and dense branch alone",
+        "transcoder": "**TopK transcoder**, equal parameters",
         "eai-sparsify transcoder": "eai-sparsify's transcoder",
         "sae-lens TopK SAE": "SAELens' TopK SAE",
     }
@@ -192,7 +226,7 @@ def ablation_table() -> str:
     """The MLPs of SmolLM2-135M that cost most when they are lost."""
     layers = sorted(ablation.layers, key=lambda layer: -layer.zero)[:7]
     rows = ([str(layer.layer), f"{layer.zero:.2f}", f"{layer.mean:.2f}"] for layer in layers)
-    return table(["layer", "zero ablated, nats", "mean ablated, nats"], rows)
+    return table(["block", "zero ablated, nats", "mean ablated, nats"], rows)
 
 
 def results_list() -> str:
@@ -228,6 +262,14 @@ def version_of(name: str, pinned: dict[str, str]) -> str:
     return {plain(other): version for other, version in pinned.items()}.get(plain(name), "not pinned")
 
 
+with gzip.open(RESULTS / "frontier-at-scale" / "results.jsonl.gz", "rt", encoding="utf-8") as lines:
+    AT_SCALE = [json.loads(line) for line in lines]
+ARCHITECTURES_AT_SCALE = {
+    "topk_transcoder": "transcoder",
+    "mxd": "MxD",
+    "topk_skip_transcoder": "skip transcoder",
+    "affine_skip_mxd": "MxD with affine experts and a skip",
+}
 layer12 = read(RESULTS / "smollm2-135m-layer12" / "report.json")
 mxd11, transcoder11 = bundled("smollm2-135m-mxd"), bundled("smollm2-135m-transcoder")
 frontier = Frontier(layer=12, text="WikiText-2")
@@ -237,11 +279,41 @@ gpt2 = {result.name: result for result in read(RESULTS / "train-step" / "gpt2.js
 ablation = read(RESULTS / "smollm2-135m-ablation" / "ablation.json")
 ratio11 = mxd11.wikitext.normalized_mse / transcoder11.wikitext.normalized_mse
 tables = SimpleNamespace(
-    bundled=bundled_table(),
-    frontier=frontier.table,
-    frontier2=frontier2.table,
-    brown2=brown2.table,
-    frontier11=Frontier(layer=11, text="WikiText-2").table,
+    bundled_errors=bundled_table(
+        {
+            "normalised MSE": "{0.normalized_mse:.3f}",
+            "under mean ablation": "{0.normalized_mse_mean_gate:.3f}",
+            "under resample ablation": "{0.normalized_mse_shuffled_gate:.2f}",
+            "explained by experts": "{0.feature_share:.2f}",
+            "FVU": "{0.fraction_of_variance_unexplained:.3f}",
+        }
+    ),
+    bundled_losses=bundled_table(
+        {
+            "unmodified": "{0.ce_loss:.3f}",
+            "replaced": "{0.ce_loss_replaced:.3f}",
+            "zero ablated": "{0.ce_loss_zero_ablated:.3f}",
+            "recovered": "{0.ce_loss_recovered:.2f}",
+        }
+    ),
+    headline=at_scale(
+        12,
+        32,
+        "WikiText-2",
+        {
+            "error": "{error:.3f}",
+            "error under mean ablation": "{ablated:.2f}",
+            "cross-entropy added, nats": "{added:+.4f}",
+        },
+    ),
+    errors12=frontier.errors,
+    shares12=frontier.shares,
+    losses12=frontier.losses,
+    errors2=frontier2.errors,
+    losses2=frontier2.losses,
+    errors2_brown=brown2.errors,
+    losses2_brown=brown2.losses,
+    errors11=Frontier(layer=11, text="WikiText-2").errors,
     seeds=frontier.spread,
     train_step=train_step_table(),
     inference=inference_table(),

@@ -57,7 +57,7 @@ def test_train_and_evaluate(small, tiny_folder, text_file, tmp_path):
     out = tmp_path / "mxd"
     result = run("train", out, *small, "--hidden", 24, "--activation", "silu", "--gated")
     assert f"mxd-lens evaluate {out}" in result.output
-    assert "mxd, 40 experts, K 4; blocks.1.mlp.hook_in -> blocks.1.hook_mlp_out" in result.output
+    assert "Training mxd with d_sae = 40" in result.output
     mxd = MxD.from_pretrained(out)
     assert (mxd.cfg.d_sae, mxd.cfg.d_hidden, mxd.cfg.k, mxd.cfg.gated) == (40, 24, 4, True)
     assert (mxd.cfg.metadata.hook_name, mxd.cfg.metadata.hook_name_out) == (HOOK_IN, HOOK_OUT)
@@ -525,6 +525,7 @@ def test_pretrained_as_json():
     assert "smollm2-135m-mxd" in [layer["release"] for layer in known]
 
 
+@pytest.mark.slow
 def test_demo(tiny_folder, tmp_path):
     def demo(layer: int = 1):
         return run_demo(
@@ -554,3 +555,15 @@ def test_demo(tiny_folder, tmp_path):
     assert demo().normalized_mse == report.normalized_mse  # nothing is trained again
     with pytest.raises(ValueError, match="hook_name"):
         demo(layer=2)
+
+
+def test_a_dry_run_of_a_preset_loads_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("mxd_lens.cli.sweeps.load_language_model", None)
+    options = ["--preset", "paper-gpt2", "--k", "8,32", "--dry-run", "--json", tmp_path / "plan.json"]
+    result = run("frontier", tmp_path / "sweep", *options)
+    assert "480 M" in result.output or "479,997,952" in result.output
+    known = json.loads((tmp_path / "plan.json").read_text())
+    assert known["ks"] == [8, 32]  # said beside the preset
+    assert known["layers"] == [8]
+    assert {a["lr"] for a in known["architectures"]} == {4e-4}
+    assert not (tmp_path / "sweep").exists()

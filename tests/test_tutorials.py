@@ -49,6 +49,18 @@ def test_a_notebook_names_no_folder_of_a_machine(path: Path):
 
 
 @each_notebook
+def test_a_notebook_is_a_lesson(path: Path):
+    """It opens with its question and a picture, and ends with two exercises and where to go next."""
+    cells = nbformat.read(path, as_version=4).cells
+    assert "**Question.**" in cells[0].source
+    third = cells[: max(2, -(-len(cells) // 3))]
+    shown = [output for cell in third for output in cell.get("outputs", [])]
+    pictures = [output for output in shown if "image/png" in output.get("data", {})]
+    assert pictures or any("![" in cell.source for cell in third)
+    assert re.search(r"## Exercises\n\n1\. .+\n2\. .+\n\n## Where to go next", cells[-1].source)
+
+
+@each_notebook
 def test_links_between_notebooks_lead_somewhere(path: Path):
     notebook = nbformat.read(path, as_version=4)
     text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
@@ -56,6 +68,7 @@ def test_links_between_notebooks_lead_somewhere(path: Path):
         assert (FOLDER / target).exists(), target
 
 
+@pytest.mark.slow
 @pytest.mark.real_model
 @each_notebook
 def test_a_notebook_runs_from_top_to_bottom(path: Path, monkeypatch: pytest.MonkeyPatch):

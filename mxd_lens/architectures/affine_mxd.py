@@ -106,6 +106,10 @@ class AffineMxD(MxD):
         return [*lines, "y = (a @ W_dec) * (z @ W_out) + a @ b_expert + b_dec"]
 
     @override
+    def expert_sizes(self) -> Float[Tensor, " d_sae"]:
+        return torch.hypot(super().expert_sizes(), self.b_expert.norm(dim=-1))
+
+    @override
     def expert_weight(self, n: int) -> Float[Tensor, "d_hidden_and_one d_out"]:
         """Expert n as a linear map of [z, 1]: D diag(c_n), and e_n below it.
 

@@ -23,7 +23,7 @@ configuration, and both in training; it ends in `register_architecture`. The lin
 | `expert_input`, `mixture`, `experts_out`, `skip_out` | its output is not C^T a + b |
 | `coefficients`, `activate` | its gate is not TopK or relu |
 | `training_coefficients` | its gate is another one in training |
-| `fold_standardization`, `scaled_output` | it has parameters of its own |
+| `fold_standardization`, `scale_experts` | it has parameters of its own |
 | `formula`, `gate_formula`, `title`, `about`, `unit`, `dense_parts` | a card should describe it |
 | `expert_weight`, `singular_values` | its experts are not directions |
 
@@ -370,6 +370,10 @@ class PairedTranscoder(Transcoder):
         for experts in batches:
             yield self.W_dec[experts].double().norm(dim=-1, keepdim=True)
 
+    def expert_sizes(self) -> Float[Tensor, " d_sae"]:
+        """||w_n||, the norm of the weights that expert n alone writes with; here of its row of W_dec."""
+        return self.W_dec.reshape(self.cfg.d_sae, -1).norm(dim=-1)
+
     def check_expert(self, n: int) -> int:
         """n. Raises IndexError or TypeError where there is no expert n."""
         return int(expert_ids(self, n))
@@ -419,13 +423,12 @@ class PairedTranscoder(Transcoder):
     ) -> None:
         """Turns a layer for ((x - mean) / scale, y / target_scale) into the same one for (x, y)."""
         self.fold_input_scale(self.W_enc, self.b_enc, mean, scale)
-        self.scaled_output.mul_(target_scale)
+        self.scale_experts(target_scale)
         self.b_dec.mul_(target_scale)
 
-    @property
-    def scaled_output(self) -> nn.Parameter:
-        """The weight whose scale is that of the output."""
-        return self.W_dec
+    def scale_experts(self, factor: Float[Tensor, ""]) -> None:
+        """Multiplies what the experts write, in place and without gradients."""
+        self.W_dec.mul_(factor)
 
     @staticmethod
     def fold_input_scale(
@@ -448,10 +451,14 @@ class PairedTranscoder(Transcoder):
                 f"{metadata.hook_name or 'an unnamed hook'}: is it attached to another?"
             )
 
+    def to_layer(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+        """x with the layer's dtype and on its device. Raises ValueError if it cannot be its input."""
+        self.check_input(x)
+        return x.to(self.W_enc)
+
     @override
     def process_sae_in(self, sae_in: Tensor) -> Tensor:
-        self.check_input(sae_in)
-        return super().process_sae_in(sae_in)
+        return super().process_sae_in(self.to_layer(sae_in))
 
     @override
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
@@ -462,8 +469,21 @@ class PairedTranscoder(Transcoder):
         sae_in = self.process_sae_in(x)
         hidden_pre = self.hook_sae_acts_pre(self.pre_activations(sae_in))
         feature_acts = self.hook_sae_acts_post(self.activate(hidden_pre))
-        self._encoded.remember(feature_acts, sae_in)
+        self.remember_input(feature_acts, sae_in)
         return feature_acts
+
+    @property
+    def decode_needs_input(self) -> bool:
+        """Whether the output depends on the input beside the coefficients."""
+        cls = type(self)
+        return not self.writes_directions or any(
+            getattr(cls, name) is not getattr(PairedTranscoder, name) for name in ("skip_out", "output")
+        )
+
+    def remember_input(self, feature_acts: Tensor, sae_in: Tensor) -> None:
+        """Lets `decode` know the input of `feature_acts`, where it needs one."""
+        if self.decode_needs_input:
+            self._encoded.remember(feature_acts, sae_in)
 
     @override
     def decode(
@@ -475,7 +495,8 @@ class PairedTranscoder(Transcoder):
 
         Args:
             feature_acts: a, [..., d_sae]: what `encode` returned, or an edited copy of it.
-            x: the input, [..., d_in]. May be left out for the activations of an `encode`.
+            x: the input, [..., d_in]. May be left out for the activations of an `encode`, and where the
+                output does not depend on it, as in a transcoder without a skip connection.
 
         Raises:
             ValueError: x is left out and it is not certain which input the activations belong to,
@@ -486,15 +507,16 @@ class PairedTranscoder(Transcoder):
                 f"expected activations [..., d_sae = {self.cfg.d_sae}], got {tuple(feature_acts.shape)}."
             )
         if x is not None:
-            self.check_input(x)
-            x = x.to(self.dtype)
-        sae_in = self._encoded.resolve(feature_acts, x)
+            x = self.to_layer(x)
+        # Where no input is needed, the activations give the shape.
+        needed = x is not None or self.decode_needs_input
+        sae_in = self._encoded.resolve(feature_acts, x) if needed else feature_acts
         return self.hook_sae_recons(self.output(self.mixture(Dense(feature_acts)), sae_in))
 
     @override
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        """decode(encode(x)), with every hook point fired."""
-        return self.hook_sae_output(self.decode(self.encode(x)))
+        """decode(encode(x)), with every hook point fired, on the device of x."""
+        return self.hook_sae_output(self.decode(self.encode(x))).to(x.device)
 
     @override
     def forward_with_activations(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -508,7 +530,7 @@ class PairedTranscoder(Transcoder):
 
         A token with fewer is filled up with experts whose coefficient is 0.
         """
-        return self.coefficients(x.to(self.dtype)).active()
+        return self.coefficients(self.to_layer(x)).active()
 
     @override
     def fold_W_dec_norm(self) -> None:

@@ -17,19 +17,18 @@ class EncodedInputs:
 
     An entry lives exactly as long as the activation tensor `encode` returned, so nothing is kept
     alive after use. A tensor that `encode` did not return (an edited copy) belongs to the last
-    encode if no decode has followed it and no encode of another input is waiting for its own; that
-    input is held weakly.
+    encode if no decode has followed it and no encode of another input is waiting for its own. An
+    encode waits as long as its input or the activations it returned are alive.
     """
 
     def __init__(self) -> None:
         self._input_of: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self._waiting: weakref.ref[Tensor] | None = None
-        self._others_wait = False
+        self._waiting: list[tuple[weakref.ref[Tensor], weakref.ref[Tensor]]] = []
+        """Input and activations of the encodes that no decode has followed, the last one at the end."""
 
     def remember(self, feature_acts: Tensor, sae_in: Tensor) -> None:
-        if self._waiting is not None and self._waiting() is not sae_in:
-            self._others_wait = True
-        self._waiting = weakref.ref(sae_in)
+        others = [(x, a) for x, a in self._alive() if x() is not sae_in]
+        self._waiting = [*others, (weakref.ref(sae_in), weakref.ref(feature_acts))]
         self._input_of[feature_acts] = sae_in
 
     def recall(self, feature_acts: Tensor) -> Tensor:
@@ -37,19 +36,23 @@ class EncodedInputs:
         sae_in = self._input_of.get(feature_acts)
         if sae_in is None:
             shape = tuple(feature_acts.shape)
-            if self._others_wait:
+            waiting = self._alive()
+            if len(waiting) > 1:
                 raise ValueError(
                     f"decode got activations of shape {shape} that encode did not return, and more than "
                     "one encode is waiting for its decode: pass the input, decode(feature_acts, x)."
                 )
-            sae_in = self._waiting() if self._waiting is not None else None
+            sae_in = waiting[0][0]() if waiting else None
             if sae_in is None:
                 raise ValueError(
                     f"decode got activations of shape {shape} and no encode is waiting for its decode: "
                     "this layer's output depends on its input. Pass it, decode(feature_acts, x)."
                 )
-        self._waiting, self._others_wait = None, False
+        self._waiting = []
         return sae_in
+
+    def _alive(self) -> list[tuple[weakref.ref[Tensor], weakref.ref[Tensor]]]:
+        return [(x, a) for x, a in self._waiting if x() is not None or a() is not None]
 
     def resolve(self, feature_acts: Tensor, x: Tensor | None) -> Tensor:
         """x, or where it is None the input of `feature_acts`. Raises ValueError where it does not fit."""

@@ -9,7 +9,6 @@ of this architecture. Training takes SAELens' straight-through estimator for the
 a penalty on the number of active features (Rajamanoharan et al. 2024, arXiv 2407.14435).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -69,19 +68,16 @@ class JumpReLUTranscoder(PairedTranscoder, saelens.JumpReLUTranscoder):
 
     @override
     def coefficients(self, x: Float[Tensor, "*batch d_in"]) -> Dense:
-        return Dense(self.jump(x @ self.W_enc + self.b_enc))
+        return Dense(self.activate(self.pre_activations(x)))
 
     @override
-    def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
-        return self.jump
+    def get_activation_fn(self) -> nn.Module:
+        return nn.ReLU()
 
-    def jump(self, pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+    @override
+    def activate(self, pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
         """relu of the pre-activations above their threshold; 0 elsewhere."""
         return torch.relu(pre) * (pre > self.threshold)
-
-    @override
-    def formula(self) -> list[str]:
-        return super().formula()
 
     @override
     def gate_formula(self) -> str:
@@ -125,7 +121,7 @@ class TrainingJumpReLUTranscoder(TrainingPairedTranscoder, JumpReLUTranscoder):
         nn.init.constant_(self.threshold, self.cfg.jumprelu_init_threshold)
 
     @override
-    def jump(self, pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+    def activate(self, pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
         # SAELens' function knows no relu; above a threshold of 0 or more it needs none.
         return JumpReLU.apply(pre, self.threshold.clamp(min=0), self.cfg.jumprelu_bandwidth, False)
 
@@ -148,7 +144,7 @@ class TrainingJumpReLUTranscoder(TrainingPairedTranscoder, JumpReLUTranscoder):
         losses = super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
         x = step_input.sae_in[..., : self.cfg.d_in].to(self.dtype)
         # The window reaches below the thresholds, where feature_acts is 0 already.
-        pre = x @ self.W_enc + self.b_enc
+        pre = self.pre_activations(x)
         active: Any = Step.apply(pre, self.threshold, self.cfg.jumprelu_bandwidth, False)
         return losses | {"l0_loss": step_input.coefficients["l0"] * active.sum(-1).mean()}
 

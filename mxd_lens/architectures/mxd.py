@@ -141,10 +141,9 @@ class MxD(PairedTranscoder):
             if self.cfg.gated:
                 self.fold_input_scale(self.W_hidden_gate, self.b_hidden_gate, mean, scale)
 
-    @property
     @override
-    def scaled_output(self) -> nn.Parameter:
-        return self.W_out
+    def scale_experts(self, factor: Float[Tensor, ""]) -> None:
+        self.W_out.mul_(factor)
 
     def hidden(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_hidden"]:
         """z, the hidden units of the decoder branch."""

@@ -36,8 +36,7 @@ class TopKSkipTranscoderConfig(TopKTranscoderConfig):
 class TopKSkipTranscoder(WithSkip, TopKTranscoder):
     """Transcoder with the k largest features of a token and a linear skip: y = C^T a + W_skip x + b.
 
-    Parameters: those of `TopKTranscoder`, and W_skip [d_out, d_in]. W_dec and W_skip start at zero, as in
-    the paper's baselines.
+    Parameters: those of `TopKTranscoder`, and W_skip [d_out, d_in]. W_dec and W_skip start at zero.
     """
 
     cfg: TopKSkipTranscoderConfig

@@ -48,8 +48,7 @@ class TopKTranscoderConfig(PairedTranscoderConfig):
 class TopKTranscoder(PairedTranscoder):
     """Transcoder with the k largest features of a token: y = C^T a + b.
 
-    Parameters: W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_out], b_dec [d_out]. W_dec starts at
-    zero, and its rows are free, as in the paper's baselines and in EleutherAI's sparsify.
+    Parameters: W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_out], b_dec [d_out].
     """
 
     cfg: TopKTranscoderConfig
@@ -60,16 +59,12 @@ class TopKTranscoder(PairedTranscoder):
     def coefficients(self, x: Float[Tensor, "*batch d_in"]) -> Coefficients:
         if self.cfg.relu or self.cfg.k is None:
             return super().coefficients(x)
-        values, features = (x @ self.W_enc + self.b_enc).topk(self.cfg.k, dim=-1, sorted=False)
+        values, features = self.pre_activations(x).topk(self.cfg.k, dim=-1, sorted=False)
         return Active(values, features, self.cfg.d_sae)
 
     @override
     def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
         return super().get_activation_fn() if self.cfg.relu or self.cfg.k is None else RawTopK(self.cfg.k)
-
-    @override
-    def formula(self) -> list[str]:
-        return super().formula()
 
     @override
     def gate_formula(self) -> str:
@@ -92,11 +87,25 @@ class RawTopK(nn.Module):
 class TrainingTopKTranscoderConfig(TopKTranscoderConfig, TrainingPairedTranscoderConfig):
     """Configuration of a `TrainingTopKTranscoder`."""
 
+    unit_rows: bool = False
+    """How W_dec is trained. False: its rows start at zero and are free, as EleutherAI's sparsify has them.
+    True: they start at random and stay at unit norm, as is the default of the MxD paper's code."""
+
 
 class TrainingTopKTranscoder(TrainingPairedTranscoder, TopKTranscoder):
     """A `TopKTranscoder` in training."""
 
     cfg: TrainingTopKTranscoderConfig
+
+    @property
+    def unit_rows(self) -> bool:  # type: ignore[override]
+        return self.cfg.unit_rows
+
+    @override
+    def scale_experts(self, factor: Float[Tensor, ""]) -> None:
+        """As the base; rows that stay at unit norm leave their scale to the coefficients."""
+        for weight in (self.W_enc, self.b_enc) if self.unit_rows else (self.W_dec,):
+            weight.mul_(factor)
 
 
 register_architecture(

@@ -18,6 +18,9 @@ from typing_extensions import override
 from mxd_lens.architectures.base import PairedTranscoder, PairedTranscoderConfig
 from mxd_lens.sparse.coefficients import Coefficients
 
+SHORTEST = 1e-3
+"""Of the mean norm of a batch's targets: a shorter one is left out of the loss."""
+
 
 @dataclass(kw_only=True)
 class TrainingPairedTranscoderConfig(PairedTranscoderConfig, TrainingSAEConfig):
@@ -26,7 +29,7 @@ class TrainingPairedTranscoderConfig(PairedTranscoderConfig, TrainingSAEConfig):
     decoder_init_norm: float | None = None
     """Must be None: each architecture starts W_dec as its source does."""
     l1_coefficient: float = 0.0
-    """Weight of the penalty mean_tokens sum_n |a_n|. Needed where k is None."""
+    """Weight of the penalty mean_tokens sum_n a_n ||w_n||. Needed where k is None."""
     l1_warm_up_steps: int = 0
     """Steps over which the penalty grows to its full weight."""
     needs_l1: ClassVar[bool] = True
@@ -50,8 +53,13 @@ class TrainingPairedTranscoder(PairedTranscoder, TrainingSAE[Any]):
     """Trains a `PairedTranscoder` with SAELens' trainer on pairs [x | y].
 
     Loss, as in the paper's code: mean over tokens and output dimensions of (y_hat - y)^2 / ||y||_2,
-    plus l1_coefficient * mean_tokens sum_n a_n. With `unit_rows`, the rows of C are set to unit norm
-    before every step, and the component of C's gradient parallel to each row is removed.
+    plus l1_coefficient * mean_tokens sum_n a_n ||w_n||, w_n what expert n writes with (a row of W_dec). With
+    `unit_rows`, ||w_n|| is 1: the rows of C are set to unit norm before every step, and the component of C's
+    gradient parallel to each row is removed.
+
+    Unlike the paper's code, a token whose target is shorter than `SHORTEST` times the mean of its batch is
+    left out of the loss: divided by next to nothing, one such token would outweigh all others. The metric
+    `targets_left_out` counts them.
     """
 
     cfg: TrainingPairedTranscoderConfig
@@ -64,8 +72,11 @@ class TrainingPairedTranscoder(PairedTranscoder, TrainingSAE[Any]):
 
     @override
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        hidden_pre = self.pre_activations(self.process_sae_in(x))
-        return self.activate(hidden_pre), hidden_pre
+        sae_in = self.process_sae_in(x)
+        hidden_pre = self.pre_activations(sae_in)
+        feature_acts = self.activate(hidden_pre)
+        self.remember_input(feature_acts, sae_in)
+        return feature_acts, hidden_pre
 
     @override
     def calculate_aux_loss(
@@ -77,7 +88,10 @@ class TrainingPairedTranscoder(PairedTranscoder, TrainingSAE[Any]):
     ) -> dict[str, Tensor]:
         if "l1" not in step_input.coefficients:
             return {}
-        return {"l1_loss": step_input.coefficients["l1"] * feature_acts.sum(-1).mean()}
+        # Without the size of w_n the penalty on a_n could be evaded by a smaller a_n and a larger w_n.
+        a: Coefficients = feature_acts  # type: ignore[assignment]
+        sizes = torch.ones_like(self.b_enc) if self.unit_rows else self.expert_sizes()
+        return {"l1_loss": step_input.coefficients["l1"] * a.mix(sizes.unsqueeze(-1)).mean()}
 
     def training_coefficients(self, x: Float[Tensor, "tokens d_in"]) -> Coefficients:
         """a of a training batch, where its gate is another one than at inference."""
@@ -112,9 +126,16 @@ class TrainingPairedTranscoder(PairedTranscoder, TrainingSAE[Any]):
 
         precise = torch.promote_types(self.dtype, torch.float32)
         squared_error = (y_hat - y).to(precise).pow(2).sum(-1)
-        y_norm = y.to(precise).norm(dim=-1).clamp_min(1e-6)
-        losses = {"mse_loss": (squared_error / y_norm).mean() / d_out}
-        losses |= self.calculate_aux_loss(step_input, a.values, a.values, y_hat)
+        y_norm = y.to(precise).norm(dim=-1)
+        counts = (y_norm > SHORTEST * y_norm.mean()) & (y_norm > 0)
+        y_norm = torch.where(counts, y_norm, 1)
+        n_counted = counts.sum().clamp_min(1)
+
+        def mean_over_tokens(values: Float[Tensor, " tokens"]) -> Float[Tensor, ""]:
+            return torch.where(counts, values, 0).sum() / n_counted
+
+        losses = {"mse_loss": mean_over_tokens(squared_error / y_norm) / d_out}
+        losses |= self.calculate_aux_loss(step_input, a, a.values, y_hat)  # type: ignore[arg-type]
         loss = torch.stack(list(losses.values())).sum()
         # A step that is being captured as a CUDA graph cannot ask the host; whoever replays it does.
         capturing = loss.is_cuda and torch.cuda.is_current_stream_capturing()
@@ -127,5 +148,8 @@ class TrainingPairedTranscoder(PairedTranscoder, TrainingSAE[Any]):
             hidden_pre=a.values.detach(),
             loss=loss,
             losses=losses,
-            metrics={"normalized_mse": (squared_error.detach() / y_norm.pow(2)).mean()},
+            metrics={
+                "normalized_mse": mean_over_tokens(squared_error.detach() / y_norm.pow(2)),
+                "targets_left_out": len(counts) - counts.sum(),
+            },
         )

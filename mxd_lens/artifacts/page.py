@@ -46,6 +46,7 @@ ARCHITECTURE_COLOURS = {
     "jumprelu_skip_transcoder": RED,
     "topk_sae": PINK,
     "affine_mxd": GREEN,
+    "affine_skip_mxd": GREEN,
     "molt": YELLOW,
 }
 """One colour per architecture, in every figure."""

@@ -233,7 +233,14 @@ def dashboard(
     experts: Annotated[
         str,
         typer.Option(
-            help="Which experts get a page, as 3,17 or 0-199. Default: 100 drawn at random.",
+            help="Which experts get a page, as 3,17 or 0-199; live: all that fire. Default: 100 that fire.",
+            callback=checked(is_list_of_integers(0, "live")),
+        ),
+    ] = "",
+    deep: Annotated[
+        str,
+        typer.Option(
+            help="With --experts live: which of them also get effects on the loss and singular values.",
             callback=checked(is_list_of_integers()),
         ),
     ] = "",
@@ -250,8 +257,10 @@ def dashboard(
 ) -> None:
     """Write pages about the experts of a layer."""
     source = LayerSource.parse(layer)
-    numbers: Sequence[int] | None = integers(experts) if experts else None
-    check_expert(source, numbers or [], "--experts")
+    named: Sequence[int] | None = integers(experts) if experts not in ("", "live") else None
+    closely: Sequence[int] | None = integers(deep) if deep else None
+    check_expert(source, named or [], "--experts")
+    check_expert(source, closely or [], "--deep")
 
     from mxd_lens import build_dashboard
     from mxd_lens.dashboards.collect.data import CollectionConfig
@@ -262,11 +271,12 @@ def dashboard(
         model=language_model,
         sae=sae,
         tokens=sequences_of(text, language_model, sae, sequences, skip, held_out),
-        experts=numbers,
+        experts="live" if experts == "live" else named,
+        deep=closely,
         output=output,
         text_name=text,
         layer=source.origin,
-        cfg=CollectionConfig(loss_effects=loss_effects),
+        cfg=(CollectionConfig.light if experts == "live" else CollectionConfig)(loss_effects=loss_effects),
     )
     typer.echo(f"The dashboard: {index}")
 

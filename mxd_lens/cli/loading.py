@@ -16,9 +16,11 @@ from mxd_lens.cli.config_fields import package_file
 from mxd_lens.cli.options import best_device, checked
 
 BUNDLED = Path(mxd_lens.__file__).parent / "pretrained" / "weights"
-SMOLLM2_SHAPE = {"num_hidden_layers": 30}
+SMOLLM2_SHAPE = {"num_hidden_layers": 30, "hidden_size": 576}
 CONFIG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
+FOREIGN = (".safetensors", ".npz", ".pt", ".pkl", ".gz")
+"""Files of other libraries' layers; which of them is a layer, loading it says."""
 
 
 @dataclass(frozen=True)
@@ -36,20 +38,21 @@ class LayerSource:
 
     @classmethod
     def parse(cls, written: str) -> "LayerSource":
-        """The layer that NAME=FOLDER, FOLDER, RELEASE:SAE_ID or NAME=RELEASE:SAE_ID means.
+        """The layer that FOLDER or RELEASE:SAE_ID means, with NAME= before it or not.
 
         Raises:
             ValueError: the folder holds no layer, or there is no such release. Releases of SAELens and
                 repositories on the hub are looked up when the layer is loaded.
         """
-        is_folder = Path(written).expanduser().is_dir()
-        name, equals, where = ("", "", written) if is_folder else written.rpartition("=")
+        exists = bool(written) and Path(written).expanduser().exists()
+        name, equals, where = ("", "", written) if exists else written.rpartition("=")
         if equals and not name:
             raise ValueError(f"{written!r} has no name before the =. Write NAME=FOLDER.")
-        folder = Path(where).expanduser()
-        if folder.is_dir():
-            check_layer_folder(folder)
-            return cls(where, name or folder.resolve().name, str(folder))
+        path = Path(where).expanduser()
+        if where and path.exists():
+            if path.is_dir():
+                check_layer_folder(path)
+            return cls(where, name or path.resolve().name, str(path))
         release, colon, sae_id = where.partition(":")
         if not colon or re.match(r"[./~\\]", where):
             ids = bundled_ids(where)
@@ -57,8 +60,9 @@ class LayerSource:
                 f"Write {where}:{ids[0]}." if ids else f"A layer of a release is RELEASE:SAE_ID.{near(where)}"
             )
             raise ValueError(f"There is no folder {where or written!r}. {said}")
-        if (Path(release).expanduser() / sae_id).is_dir():
-            check_layer_folder(Path(release).expanduser() / sae_id)
+        if release and Path(release).expanduser().is_dir():
+            if (Path(release).expanduser() / sae_id).is_dir():
+                check_layer_folder(Path(release).expanduser() / sae_id)
             return cls(where, name or where, release, sae_id)
         check_release(release, sae_id)
         return cls(where, name or where, release, sae_id)
@@ -93,9 +97,10 @@ class LayerSource:
 
 
 def check_layer_folder(folder: Path) -> None:
-    """Raises ValueError where a folder holds no layer; names those in it."""
+    """Raises ValueError where a folder holds no layer of SAELens' format nor files of another."""
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
-    if missing:
+    foreign = len(missing) == 2 and any(file.suffix in FOREIGN for file in folder.iterdir())
+    if missing and not foreign:
         found = sorted(config.parent.relative_to(folder).as_posix() for config in folder.glob(f"*/{CONFIG}"))
         layers = f" Its subfolders with a layer: {', '.join(found[:8])}." if found else ""
         raise ValueError(f"{folder} is not a saved layer: it has no {' and no '.join(missing)}.{layers}")
@@ -169,6 +174,15 @@ def check_expert(source: LayerSource, experts: Sequence[int], option: str) -> No
 
 def n_blocks_of(model: str) -> int | None:
     """The blocks of a language model, if a folder on this machine says so."""
+    return _number_in_config(model, "num_hidden_layers", "n_layer", "num_layers")
+
+
+def width_of(model: str) -> int | None:
+    """The width of a language model's residual stream, if a folder on this machine says so."""
+    return _number_in_config(model, "hidden_size", "n_embd", "d_model")
+
+
+def _number_in_config(model: str, *names: str) -> int | None:
     config = SMOLLM2_SHAPE if model == "smollm2-135m-instruct" else {}
     file = Path(model).expanduser() / "config.json"
     if file.is_file():
@@ -176,7 +190,6 @@ def n_blocks_of(model: str) -> int | None:
             config = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-    names = ("num_hidden_layers", "n_layer", "num_layers")
     return next((int(config[name]) for name in names if name in config), None)
 
 

@@ -62,11 +62,11 @@ def one_of(*known: str) -> Callable[[str], str]:
     return check
 
 
-def is_list_of_integers(least: int = 0) -> Callable[[str], str]:
-    """A check that a value is a list that `integers` reads; an empty one stands for the default."""
+def is_list_of_integers(least: int = 0, *words: str) -> Callable[[str], str]:
+    """A check that a value is a list that `integers` reads, or one of some words; empty is the default."""
 
     def check(value: str) -> str:
-        if value:
+        if value and value not in words:
             integers(value, least)
         return value
 

@@ -6,8 +6,18 @@ from typing import Annotated
 import typer
 
 from mxd_lens.cli.application import command, show
-from mxd_lens.cli.loading import check_layer_folder
-from mxd_lens.cli.options import Json, checked, is_folder_to_write, one_of, output_folder
+from mxd_lens.cli.loading import FOREIGN, check_layer_folder, load_its_model
+from mxd_lens.cli.options import (
+    Bridge,
+    Device,
+    ItsModel,
+    Json,
+    best_device,
+    checked,
+    is_folder_to_write,
+    one_of,
+    output_folder,
+)
 
 
 def is_layer_folder(folder: Path) -> Path:
@@ -21,13 +31,45 @@ def is_repository(name: str) -> str:
     return name
 
 
+SOURCE = "A folder, a checkpoint file, a release or a repository on the hub; :LAYER after it names one layer."
+Source = Annotated[str, typer.Argument(help=SOURCE)]
+
+
+def split_source(source: str) -> tuple[str, str | None]:
+    """A source, and the layer in it that was named."""
+    if Path(source).expanduser().exists():
+        return source, None
+    release, _, layer = source.partition(":")
+    is_path = release.startswith((".", "/", "~")) or Path(release).suffix in FOREIGN
+    if not release or (is_path and not Path(release).expanduser().exists()):
+        raise typer.BadParameter(f"there is no folder or file {release!r}.", param_hint="SOURCE")
+    return release, layer or None
+
+
+@command
+def inspect(source: Source, json: Json = None) -> None:
+    """Say what a layer's files are, whoever wrote them.
+
+    Its format, the layers in it; of one layer the hook points, sizes and conventions.
+    """
+    release, layer = split_source(source)
+
+    from mxd_lens.pretrained.released import inspect_source
+
+    show(inspect_source(release, layer), json)
+
+
 @command
 def convert(
-    file: Annotated[
-        Path,
-        typer.Argument(help="A checkpoint of the paper's code: .pt, .pkl or .pkl.gz.", exists=True),
-    ],
+    source: Source,
     output: Annotated[Path, output_folder("The folder to write; it must be new or empty.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="SAELens, circuit-tracer or sparsify.",
+            callback=checked(one_of("SAELens", "circuit-tracer", "sparsify")),
+        ),
+    ] = "SAELens",
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -36,11 +78,37 @@ def convert(
         ),
     ] = None,
 ) -> None:
-    """Convert a checkpoint of the paper's code; it is never executed."""
-    from mxd_lens.pretrained.formats.paper import convert
+    """Convert a layer to another format; nothing in it is executed."""
+    release, layer_id = split_source(source)
 
-    layer = convert(file, output, dtype=dtype)
+    from mxd_lens.pretrained.released import convert
+
+    layer = convert(release, output, layer_id, to, dtype=dtype)
     typer.echo(f"Saved in {output}: {type(layer).__name__} of {layer.cfg.metadata.model_name!r}.")
+
+
+@command
+def check(
+    source: Source,
+    model: ItsModel = None,
+    bridge: Bridge = False,
+    device: Device = "auto",
+    json: Json = None,
+) -> None:
+    """Check that a layer is in its right place: its hook points, input, scale and skip connection.
+
+    The exit code is 1 where something is wrong.
+    """
+    release, layer = split_source(source)
+
+    from mxd_lens import check_layer, load_layer
+
+    device = best_device(device)
+    sae = load_layer(release, layer, device)
+    found = check_layer(load_its_model(sae, model, device, bridge), sae)
+    show(found, json)
+    if not found.fits:
+        raise typer.Exit(1)
 
 
 @command

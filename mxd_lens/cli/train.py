@@ -3,7 +3,7 @@
 import inspect
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -178,7 +178,7 @@ KINDS: dict[str, tuple[type, Callable[[Any], Any] | None, dict[str, Any]]] = {
 
 def sentence(text: str) -> str:
     """A field's help as a sentence."""
-    return text.replace("`", "").rstrip(".") + "."
+    return re.sub(r" *\(default[^)]*\)", "", text).replace("`", "").rstrip(". ") + "."
 
 
 def panel(field: ConfigField) -> str:
@@ -292,9 +292,10 @@ def train(
     from mxd_lens import TranscoderTrainingRunner
     from mxd_lens.text import load_text, split_text
     from mxd_lens.training.multi_runner import MultiTranscoderTrainingRunner
+    from mxd_lens.training.progress import summary
 
     rows = split_text(load_text(text, streaming=False))[0] if hold_out else None
-    language_model = load_language_model(model, device, bridge)
+    language_model = load_language_model(model, given.get("llm_device") or device, bridge)
     wanted = wanted or members(layers, architectures, k, seeds, language_model.cfg.n_layers)
     given |= {"model_name": model, "dataset_path": text, "device": best_device(device), "dtype": dtype}
     if keep_special_tokens:
@@ -307,14 +308,16 @@ def train(
         name: run_config(member, language_model, match_width, given, output / name if several else output)
         for name, member in wanted.items()
     }
-    typer.echo(summary(cfgs))
     if several:
         runner: Any = MultiTranscoderTrainingRunner(
             cfgs, output / "checkpoints", resume, override_dataset=rows, override_model=language_model
         )
+        saes = list(runner.trainer.saes.values())
     else:
         [cfg] = cfgs.values()
         runner = TranscoderTrainingRunner(cfg, override_dataset=rows, override_model=language_model)
+        saes = [runner.sae]
+    typer.echo(summary(cfgs.values(), saes))
     runner.run()
     held_out = f"--text {text} --held-out" if hold_out else "--text SOME-OTHER-TEXT"
     failures = getattr(runner, "failures", {})
@@ -492,27 +495,6 @@ def run_config(
         output_path=str(output),
         logger=LoggingConfig(**logging),
         **computed,
-    )
-
-
-def summary(cfgs: Mapping[str, "TranscoderRunnerConfig"]) -> str:
-    """What is about to be trained, in a line for each layer and one for all."""
-    lines = []
-    for name, cfg in cfgs.items():
-        layer = cfg.sae
-        active = "relu" if layer.k is None else f"K {layer.k}"
-        lines.append(
-            f"{name}: {layer.architecture()}, {layer.d_sae:,} experts, {active}; "
-            f"{cfg.hook_name} -> {cfg.hook_name_out}"
-        )
-    cfg = next(iter(cfgs.values()))
-    return "\n".join(
-        [
-            *lines,
-            f"{cfg.training_tokens:,} tokens of {cfg.dataset_path} through {cfg.model_name} on {cfg.device}, "
-            f"in {cfg.training_tokens // cfg.train_batch_size_tokens:,} steps of "
-            f"{cfg.train_batch_size_tokens:,}; {cfg.dtype}.",
-        ]
     )
 
 

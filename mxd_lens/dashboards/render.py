@@ -9,8 +9,8 @@ it run the scripts written here and no other. Whatever comes from a corpus, a mo
 escaped by the templates, and what does not print is shown as an escape.
 """
 
+import json
 import math
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -25,12 +25,13 @@ from tqdm.auto import tqdm
 
 from mxd_lens.architectures import ARCHITECTURES
 from mxd_lens.architectures.saved import few
+from mxd_lens.artifacts.files import atomic_folder, full_path, locked
 from mxd_lens.artifacts.page import (
     BLUE,
     GREY,
     as_json,
     asset,
-    fact,
+    facts,
     field_docs,
     render,
     style,
@@ -38,7 +39,7 @@ from mxd_lens.artifacts.page import (
     write_html,
 )
 from mxd_lens.artifacts.tables import number, printable
-from mxd_lens.dashboards.collect.collection import CHECKPOINT_FILENAME, collect_dashboard
+from mxd_lens.dashboards.collect.collection import COLLECTING, Experts, gather
 from mxd_lens.dashboards.collect.data import (
     Band,
     CollectionConfig,
@@ -48,6 +49,7 @@ from mxd_lens.dashboards.collect.data import (
     TokenEffect,
     is_saved,
 )
+from mxd_lens.models import model_first
 from mxd_lens.pretrained.registry import find_release
 
 TITLES = {
@@ -71,6 +73,22 @@ PERCENTAGES = {"density", "load_share", "share_of_output", "mean_gate_share"}
 COLUMNS = ("density", "mean", "share_of_output", "loss_effect", "coherence", "consistency")
 """Of the index's table, beside the id."""
 
+DEFAULT_SORT = "-density"
+"""Of the index: the largest first."""
+
+DEEP = {"loss_effect", "stable_rank"}
+"""Quantities that are measured for some experts only, where a dashboard is of all that fire."""
+
+CONSISTENT = 0.1
+"""Below this an expert writes in no common direction, and the tokens that its mean promotes say little."""
+
+N_PROMPT = 16
+"""Tokens of the prompt in the code on a page, at most."""
+
+LABELS = "labels.json"
+UNSHOWN = ("identity", "labels", "deep")
+"""Settings that the index does not list."""
+
 RARE_COLUMNS = {"mean", "share_of_output", "consistency"}
 """Those that a narrow screen leaves out."""
 
@@ -82,65 +100,86 @@ PACKAGE = "mxd_lens.dashboards"
 INDEX, EXPERTS, DATA = "index.html", "experts", "data"
 
 
+@model_first
 def build_dashboard(
-    sae: SAE[Any],
     model: Any,
+    sae: SAE[Any],
     tokens: Int[Tensor, "sequences positions"],
-    experts: int | Iterable[int] | Int[Tensor, " n"] | None = None,
+    experts: Experts = None,
     output: str | Path = "dashboard",
     text_name: str = "",
     layer: str | Sequence[str] | None = None,
     cfg: CollectionConfig | None = None,
     progress: bool = True,
+    deep: Iterable[int] | None = None,
+    labels: Mapping[int, str] | None = None,
 ) -> Path:
-    """Collects what is to be known about some experts on a text, and writes pages about them.
+    """Collect what can be known about some experts on a text, and write pages about them.
 
-        build_dashboard(mxd, model, tokens, experts=range(200), output="dashboard")
+        build_dashboard(model, mxd, tokens, experts=range(200), output="dashboard")
+        build_dashboard(model, mxd, tokens, experts="live", deep=[17])
 
-    A call that was interrupted or killed goes on where it was if called again. The data stay in the
-    folder: the same call again only writes the pages anew.
+    A call that was interrupted or killed resumes if called again. The data stay in the folder: the same call
+    again only writes the pages anew, and one with more `deep` experts measures only these.
 
     Args:
-        sae: the layer; it must not be attached.
         model: any hooked model.
-        tokens: ids, one sequence a row, with BOS where the training had it.
-        experts: which have a page. None: 100 drawn at random, all if there are fewer.
+        sae: the layer; it must not be attached.
+        tokens: ids, one sequence per row, with BOS where the training had it.
+        experts: which have a page. "live": all that fire on the text, with fewer excerpts of each. None: 100
+            of these, drawn at random.
         output: the folder to write. New, empty, or an earlier dashboard of the same call.
         text_name: what the text is called, for the reader.
         layer: where the layer was loaded from, for the code on the pages: a folder, or a pair (release,
             sae_id). None: known for the layers of a release that is bundled, or registered as a folder.
         cfg: how much is collected.
         progress: whether to show progress bars.
+        deep: see `collect_dashboard`.
+        labels: descriptions of experts by id, shown wherever they are named. None: those of a labels.json
+            in the layer's folder.
 
     Returns:
         The index's path: open it in a browser.
 
     Raises:
         FileExistsError: the folder holds something else than a dashboard.
+        LockedError: another process is writing this dashboard.
         IndexError, ValueError: as `collect_dashboard`.
     """
-    output = Path(output).expanduser()
+    output = full_path(output)
     check_replaceable(output)
-    found = find_release(sae) if layer is None else layer
-    data = collect_dashboard(
-        sae,
-        model,
-        tokens,
-        experts,
-        folder=output / DATA,
-        cfg=cfg,
-        text_name=text_name,
-        layer=found or "",
-        progress=progress,
-    )
-    return write_dashboard(output, data, progress)
+    found = (find_release(sae) if layer is None else layer) or ""
+    if labels is None:
+        labels = read_labels(Path(found) / LABELS) if isinstance(found, str) and found else {}
+    with locked(output.with_name(f".{output.name}.lock"), "dashboard"):
+        data, _ = gather(model, sae, tokens, experts, output / DATA, cfg, text_name, found, progress, deep)
+        if labels:
+            data.settings["labels"] = {str(n): text for n, text in labels.items()}
+        return write_dashboard(output, data, progress)
+
+
+def read_labels(path: Path) -> dict[int, str]:
+    """The descriptions in a labels.json: {"17": "..."}, or {"17": {"label": "...", ...}}; none without one.
+
+    Raises:
+        ValueError: the file is something else.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content = content.get("labels", content)
+        labels = {int(n): v["label"] if isinstance(v, dict) else v for n, v in content.items() if v}
+        return {n: text for n, text in labels.items() if isinstance(text, str)}
+    except (ValueError, AttributeError, KeyError, TypeError) as e:
+        raise ValueError(f'{path} is not a file of labels: {{"17": "a description"}} is expected.') from e
 
 
 def write_dashboard(folder: str | Path, data: DashboardData, progress: bool = True) -> Path:
-    """Writes an index and a page for each expert; the folder's parts are described at the module's top.
+    """Write an index and a page for each expert; the folder's parts are described at the module's top.
 
-    The folder appears, or takes the place of an earlier dashboard, when it is complete: two dashboards are
-    never mixed, and one whose writing is interrupted leaves the earlier one as it was.
+    The folder appears, or replaces an earlier dashboard, in one step: two dashboards are never mixed, and one
+    whose writing is interrupted leaves the earlier one as it was.
 
     Args:
         folder: where. New, empty, or an earlier dashboard.
@@ -152,25 +191,21 @@ def write_dashboard(folder: str | Path, data: DashboardData, progress: bool = Tr
 
     Raises:
         FileExistsError: the folder holds something else.
+        WriteError: it could not be written; an earlier dashboard is unchanged.
     """
-    folder = Path(folder).expanduser().resolve()
+    folder = full_path(folder)
     check_replaceable(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        new, old = Path(temporary) / "new", Path(temporary) / "old"
-        (new / EXPERTS).mkdir(parents=True)
-        write_html(new / INDEX, index_html(data))
-        for i, expert in enumerate(tqdm(data.experts, desc="Writing pages", disable=not progress)):
-            write_html(new / EXPERTS / file_name(expert.expert), expert_html(data, i, in_folder=True))
-        data.save(new / DATA)
-        if folder.exists():
-            folder.rename(old)
-        try:
-            new.rename(folder)
-        except OSError:
-            if old.exists():
-                old.rename(folder)
-            raise
+    order = Order(data)
+    with atomic_folder(folder) as partial:
+
+        def write(path: Path, page: str) -> None:
+            (partial / path).write_bytes(page.encode("utf-8", "backslashreplace"))
+
+        (partial / EXPERTS).mkdir()
+        write(Path(INDEX), index_html(data))
+        for e in tqdm(data.experts, desc="Writing pages", disable=not progress):
+            write(EXPERTS / Path(file_name(e.expert)), expert_html(data, e, order))
+        data.save(partial / DATA)
     return folder / INDEX
 
 
@@ -184,13 +219,38 @@ def check_replaceable(folder: Path) -> None:
     others = sorted(path.name for path in folder.iterdir() if path.name not in (INDEX, EXPERTS, DATA))
     if index.exists() and GENERATOR not in index.read_text(encoding="utf-8", errors="replace")[:2000]:
         others.append(INDEX)
-    if data.exists() and not (is_saved(data) or (data / CHECKPOINT_FILENAME).is_file()):
+    if data.exists() and not (is_saved(data) or (data / COLLECTING).is_dir()):
         others += [DATA] * any(data.iterdir())
     if others:
         raise FileExistsError(
             f"{folder} holds {few(others, at_most=3)}, and a dashboard takes the whole place of what was "
             "there: choose a new folder, or empty this one."
         )
+
+
+class Order:
+    """What comes before and after each expert, by every column of the index and in both directions."""
+
+    def __init__(self, data: DashboardData) -> None:
+        self.ids = {e.expert for e in data.experts}
+        self.beside: dict[int, dict[str, list[int | None]]] = {e.expert: {} for e in data.experts}
+        for column in ("expert", *COLUMNS):
+            for sign in ("-", ""):
+                order = [None, *(e.expert for e in in_order(data.experts, sign + column)), None]
+                for before, expert, after in zip(order, order[1:], order[2:], strict=False):
+                    if expert is not None:
+                        self.beside[expert][sign + column] = [before, after]
+
+
+def in_order(experts: Iterable[ExpertData], sort: str) -> list[ExpertData]:
+    """Experts as the index sorts them: by a column, from the largest where it is -column; unknown last."""
+    column, sign = sort.removeprefix("-"), -1 if sort.startswith("-") else 1
+
+    def key(e: ExpertData) -> tuple[bool, float]:
+        value = getattr(e, column)
+        return not math.isfinite(value), sign * value if math.isfinite(value) else 0
+
+    return sorted(experts, key=key)
 
 
 def file_name(expert: int) -> str:
@@ -238,49 +298,51 @@ def expert_page(data: DashboardData, expert: int, height: int = 720) -> ExpertPa
             f"there is nothing about expert {expert} in this data, of {len(ids):,} experts: collect it with "
             f"experts=[{expert}]."
         )
-    return ExpertPage(expert_html(data, ids.index(expert), in_folder=False), height)
+    return ExpertPage(expert_html(data, data.experts[ids.index(expert)], None), height)
 
 
 # The page of an expert
 
 
-def expert_html(data: DashboardData, i: int, in_folder: bool) -> str:
-    """The page of the i-th expert of the data; in_folder: with links to the index and to others."""
-    e = data.experts[i]
-    order = [other.expert for other in data.experts]
+def expert_html(data: DashboardData, e: ExpertData, order: Order | None) -> str:
+    """The page of an expert; with an order, with links to the index and to others."""
     docs = field_docs(ExpertData)
     excerpts = [excerpt for band in e.bands for excerpt in band.excerpts]
     lists = [[rounded(part) for part in (x.values, x.norms, x.loss_effects)] for x in excerpts]
     scales = [max((abs(v or 0) for x in lists for v in x[quantity]), default=0) or 1 for quantity in range(3)]
     snippet, snippet_note = usage(data.settings, e)
     index = iter(range(len(excerpts)))
+    beside = {} if order is None else order.beside[e.expert]
+    labels = data.settings.get("labels", {})
+    is_deep = e.expert in data.settings.get("deep", [e.expert])
     return page(
         "expert.html",
         scripts={"script": "expert.js"},
         e=e,
-        in_folder=in_folder,
-        previous=order[i - 1] if i else None,
-        next=order[i + 1] if i + 1 < len(order) else None,
-        with_page=set(order) if in_folder else (),
+        name=labels.get(str(e.expert), ""),
+        names=labels,
+        in_folder=order is not None,
+        beside=beside.get(DEFAULT_SORT, [None, None]),
+        with_page=() if order is None else order.ids,
         title=title(data),
         lead=lead(data),
         facts=[
             {"label": TITLES[name], "shown": quantity(name, getattr(e, name)), "meaning": docs[name]}
             for name in TITLES
-            if hasattr(e, name)
+            if hasattr(e, name) and (is_deep or name not in DEEP)
         ],
         histogram=histogram(e),
         spectrum=spectrum(e),
-        effects=effects(e),
+        has_effects=any(v is not None for x in lists for v in x[2]),
+        effects=effects(e) if e.consistency >= CONSISTENT else [],
         neighbours=[
             {"heading": "Fires together with", "meaning": docs["coactive"], "rows": e.coactive},
             {"heading": "Writes like", "meaning": docs["similar"], "rows": e.similar},
         ],
         bands=[shown_band(band, index, scales[0]) for band in e.bands],
-        colour_note="The token for which a text was chosen is underlined.",
         snippet=snippet,
         snippet_note=snippet_note,
-        data=as_json({"excerpts": lists, "scales": scales, "ids": order}),
+        data=as_json({"excerpts": lists, "scales": scales, "beside": beside}),
     )
 
 
@@ -390,14 +452,28 @@ def usage(settings: Mapping[str, Any], e: ExpertData) -> tuple[str, str]:
         method = "SAE.load_from_disk" if len(places) == 1 else "SAE.from_pretrained"
     model_name = settings.get("model_name") or "the model it was trained on"
     # Twice as strong as it ever was: an expert's effect shows there, and the text still holds together.
-    coefficient = float(f"{2 * e.maximum:.2g}") if e.maximum > 0 else 10.0
+    strength = float(f"{2 * e.maximum:.2g}") if e.maximum > 0 else 10.0
     code = f"""{imports}
 
 model = load_model({ascii_literal(model_name)})
 layer = {method}({", ".join(map(ascii_literal, places))})
-with steer(model, layer, {{{e.expert}: {coefficient}}}):
-    print(model.generate("Let's talk about", max_new_tokens=20))"""
+prompt = {ascii_literal(own_prompt(e))}
+for strength in (0.0, {strength}):  # unsteered, then steered
+    with steer(model, layer, {{{e.expert}: strength}}):
+        print(model.generate(prompt, max_new_tokens=20, do_sample=False))"""
     return code, note
+
+
+def own_prompt(e: ExpertData) -> str:
+    """The text up to the expert's strongest firing, as far as it is shown."""
+    for band in e.bands:
+        for excerpt in band.excerpts:
+            tokens = excerpt.tokens[: excerpt.peak + 1][-N_PROMPT:]
+            # A special token at the start would be doubled.
+            text = "".join(t for t in tokens if not (t.startswith("<") and t.endswith(">"))).strip()
+            if text:
+                return text
+    return "Let's talk about"
 
 
 def ascii_literal(text: Any) -> str:
@@ -414,7 +490,8 @@ def ascii_literal(text: Any) -> str:
 def index_html(data: DashboardData) -> str:
     """The page of all experts."""
     docs = field_docs(ExpertData)
-    experts = sorted(data.experts, key=lambda e: -e.density)
+    experts = in_order(data.experts, DEFAULT_SORT)
+    labels = data.settings.get("labels", {})
     overview = {name: rounded(values) for name, values in data.overview.items()}
     values = {name: [known(getattr(e, name)) for e in experts] for name in ("expert", *COLUMNS)}
     columns = [{"name": "expert", "label": "expert", "meaning": "Its id.", "rare": False}] + [
@@ -427,15 +504,18 @@ def index_html(data: DashboardData) -> str:
         title=title(data),
         lead=lead(data),
         columns=columns,
-        rows=[index_row(e) for e in experts],
+        rows=[index_row(e, labels.get(str(e.expert), "")) for e in experts],
+        has_labels=bool(labels),
         overview=overview,
         axes=default_axes(overview),
-        settings=[(name.replace("_", " "), fact(v)) for name, v in data.settings.items()],
+        settings=facts(
+            {k: v for k, v in data.settings.items() if k not in ("identity", "labels", "deep")}
+        ).html(),
         data=as_json(
             {
                 "ids": values["expert"],
                 "values": values,
-                "texts": [searched(e) for e in experts],
+                "texts": [searched(e, labels.get(str(e.expert), "")) for e in experts],
                 "overview": overview,
                 "names": {
                     name: {"label": label(name), "log": spans_decades(numbers)}
@@ -447,29 +527,30 @@ def index_html(data: DashboardData) -> str:
     )
 
 
-def index_row(e: ExpertData) -> dict[str, Any]:
+def index_row(e: ExpertData, label: str) -> dict[str, Any]:
     """An expert's row in the index."""
     before = peak = after = ""
     if e.bands and e.bands[0].excerpts:
         before, peak, after = around_peak(e.bands[0].excerpts[0], 16, 80)
     return {
         "expert": e.expert,
+        "label": label,
         "href": f"{EXPERTS}/{file_name(e.expert)}",
         "cells": [
             {"shown": quantity(name, getattr(e, name)), "rare": name in RARE_COLUMNS} for name in COLUMNS
         ],
-        "promotes": [visible(effect.token[:40]) for effect in e.promoted[:5]],
+        "promotes": [visible(x.token[:40]) for x in e.promoted[:5]] if e.consistency >= CONSISTENT else [],
         "before": visible(before),
         "peak": visible(peak),
         "after": visible(after),
     }
 
 
-def searched(e: ExpertData) -> str:
-    """What the index's search finds an expert by: the tokens it promotes, and its top excerpts."""
+def searched(e: ExpertData, label: str) -> str:
+    """What the index's search finds an expert by: its label, the tokens it promotes, its top excerpts."""
     top = e.bands[0].excerpts if e.bands else []
     texts = ["".join(around_peak(excerpt, SEARCHED, SEARCHED)) for excerpt in top]
-    return "\n".join([*(effect.token for effect in e.promoted), *texts]).lower()
+    return "\n".join([label, *(effect.token for effect in e.promoted), *texts]).lower()
 
 
 def around_peak(excerpt: Excerpt, n_before: int, n_after: int) -> tuple[str, str, str]:

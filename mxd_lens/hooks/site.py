@@ -61,7 +61,12 @@ def check_trained_on(model: Any, sae: SAE[Any]) -> None:
 def check_free(model: Any, name: str) -> None:
     """Raises ValueError where SAELens has attached a layer at a hook point."""
     if attached_layer(model, name) is not None:
-        raise ValueError(
-            f"a layer is attached at {name}: take it away with model.reset_saes() first, for the MLP's own "
-            "output is needed."
-        )
+        raise attached_at(name)
+
+
+def attached_at(name: str) -> ValueError:
+    """The error of what needs the MLP's own output where a layer is attached."""
+    return ValueError(
+        f"a layer is attached at {name}: take it away with model.reset_saes() first, for the MLP's own "
+        "output is needed."
+    )

@@ -13,9 +13,7 @@ from sae_lens.loading import pretrained_sae_loaders
 from torch import Tensor
 
 from mxd_lens.architectures import saved
-
-CHAT_PREFIX = 4
-"""Positions of <bos><start_of_turn>user and a new line, at the start of every chat of Gemma 3."""
+from mxd_lens.pretrained.formats.source import CHAT_PREFIX
 
 
 def _find(*where: Any) -> Any:

@@ -7,7 +7,6 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from mxd_lens.artifacts.page import (
-    GREY,
     Section,
     colours_of,
     facts,
@@ -27,13 +26,8 @@ NONE_AT = 0.5
 
 PANELS = ("Normalised MSE", "Cross-entropy added, nats")
 
-SHADES = {
-    "layer": ("", 1.0),
-    "experts at the best constant": ("/", 0.7),
-    "experts mean-ablated": ("\\", 0.5),
-    "experts resampled": ("x", 0.35),
-}
-"""How the bars of one layer are told apart: a pattern and an opacity."""
+KINDS = ("layer", "best constant", "mean-ablated", "resampled", "MLP zero-ablated")
+"""What is in place of the MLP: the layer, the layer with its experts replaced, or zero."""
 
 
 def write_carry_page(path: str | Path, reports: Reports, notes: Mapping[str, str] | None = None) -> Path:
@@ -139,32 +133,24 @@ def replacements(report: AblationReport) -> dict[str, tuple[float, float]]:
         (r.normalized_mse_shuffled_gate, r.ce_loss_shuffled_gate),
         (1.0, r.ce_loss_zero_ablated),
     )
-    names = (*SHADES, "MLP zero-ablated")
-    return {name: (error, loss - r.ce_loss) for name, (error, loss) in zip(names, found, strict=True)}
+    return {kind: (error, loss - r.ce_loss) for kind, (error, loss) in zip(KINDS, found, strict=True)}
 
 
 def replacements_figure(reports: Reports) -> go.Figure:
     """Normalised MSE and added cross-entropy of the layers, and with their experts replaced."""
     figure = make_subplots(rows=1, cols=2, subplot_titles=PANELS, horizontal_spacing=0.09)
-    own = list(colours(reports).values())
-    found = [replacements(report) for report in reports.values()]
-    for kind in found[0]:
-        pattern, opacity = SHADES.get(kind, ("", 1.0))
-        for column in (0, 1):
+    for name, report in reports.items():
+        for column, values in enumerate(zip(*replacements(report).values(), strict=True), start=1):
             figure.add_bar(
-                x=list(reports),
-                y=[values[kind][column] for values in found],
-                name=kind,
-                legendgroup=kind,
-                marker={
-                    "color": own if kind in SHADES else GREY,
-                    "opacity": opacity,
-                    "pattern": {"shape": pattern, "fgcolor": "white", "solidity": 0.25},
-                },
-                showlegend=not column,
-                hovertemplate="%{x}, %{fullData.name}: %{y:.4f}<extra></extra>",
+                x=list(KINDS),
+                y=values,
+                name=name,
+                legendgroup=name,
+                marker_color=colours(reports)[name],
+                showlegend=column == 1,
+                hovertemplate="%{fullData.name}, %{x}: %{y:.4f}<extra></extra>",
                 row=1,
-                col=column + 1,
+                col=column,
             )
     return with_legend(style(figure, 440)).update_layout(barmode="group")
 
@@ -192,7 +178,7 @@ def losses(reports: Reports) -> Table:
     rows: list[list[Cell]] = []
     for name, report in reports.items():
         r, found = report.faithfulness, replacements(report)
-        added = [found[k][1] for k in ("layer", "experts at the best constant", "MLP zero-ablated")]
+        added = [found[k][1] for k in ("layer", "best constant", "MLP zero-ablated")]
         k = None if report.k is None else str(report.k)
         size = f"{r.n_experts:,} experts, {r.n_parameters:,} parameters"
         rows.append([name, size, k, *(f"{loss:+.3f}" for loss in added)])

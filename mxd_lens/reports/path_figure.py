@@ -1,5 +1,7 @@
 """The graph of the strongest paths to an expert's pre-activation."""
 
+from statistics import mean
+
 import plotly.graph_objects as go
 
 from mxd_lens.analysis.circuits import PathGraph, Vertex
@@ -24,7 +26,7 @@ def path_figure(graph: PathGraph, n_paths: int = 16) -> go.Figure:
     edges = dict.fromkeys(
         pair for path in paths for pair in zip(path.vertices, path.vertices[1:], strict=False)
     )
-    at = places(vertices)
+    at = places(vertices, list(edges))
     largest = max((abs(effects[v]) for v in vertices if v != graph.target), default=1.0) or 1.0
     figure = go.Figure()
     for read, reader in edges:
@@ -69,15 +71,27 @@ def path_figure(graph: PathGraph, n_paths: int = 16) -> go.Figure:
     return figure
 
 
-def places(vertices: list[Vertex]) -> dict[Vertex, tuple[float, float]]:
-    """Where vertices lie: a row for each block's attention and for each MLP that has any, in their order."""
+def places(
+    vertices: list[Vertex], edges: list[tuple[Vertex, Vertex]], n_sweeps: int = 4
+) -> dict[Vertex, tuple[float, float]]:
+    """A row for each block's attention and for each MLP that has any part, in their order.
+
+    In its row a part is placed by the mean place of the parts that it is connected with, so that few lines
+    cross.
+    """
     rows = [(-1 if v.layer is None else v.layer, v.part not in BELOW_MLP) for v in vertices]
     heights = {row: y for y, row in enumerate(sorted(set(rows)))}
     beside: dict[tuple[int, tuple[float, float]], list[Vertex]] = {}
     for vertex, row in zip(vertices, rows, strict=True):
         beside.setdefault((heights[row], COLUMNS.get(vertex.part, OTHER_COLUMN)), []).append(vertex)
-    return {
-        vertex: (left + (right - left) * (i + 0.5) / len(of_it), float(y))
-        for (y, (left, right)), of_it in beside.items()
-        for i, vertex in enumerate(of_it)
-    }
+    near: dict[Vertex, list[Vertex]] = {vertex: [] for vertex in vertices}
+    for one, other in edges:
+        near[one].append(other)
+        near[other].append(one)
+    at: dict[Vertex, tuple[float, float]] = {}
+    for _ in range(n_sweeps):
+        for (y, (left, right)), parts in beside.items():
+            parts.sort(key=lambda v: mean([at[n][0] for n in near[v] if n in at] or [0.5]))
+            for i, vertex in enumerate(parts):
+                at[vertex] = left + (right - left) * (i + 0.5) / len(parts), float(y)
+    return at

@@ -150,3 +150,36 @@ def test_singular_values_follow_a_weight_that_a_subclass_defines() -> None:
         layer.W_out.normal_()
     (values,) = layer.singular_values([torch.tensor([1])])
     torch.testing.assert_close(values[0], torch.linalg.svdvals(2 * layer.W_out * layer.W_dec[1]))
+
+
+def test_only_a_layer_whose_output_depends_on_its_input_needs_one_to_decode(layer: Any) -> None:
+    one_each = torch.eye(24, dtype=torch.float64)
+    if layer.decode_needs_input:
+        with pytest.raises(ValueError, match="no encode is waiting"):
+            layer.decode(one_each)
+    else:
+        torch.testing.assert_close(layer.decode(one_each), layer.W_dec + layer.b_dec)
+    needs = {"skip", "mxd", "molt"}
+    assert layer.decode_needs_input == any(part in layer.cfg.architecture() for part in needs)
+
+
+@pytest.mark.parametrize("name", list(ARCHITECTURES))
+def test_saelens_idiom_decodes_what_encode_with_hidden_pre_returned(name: str) -> None:
+    _, _, layer_class, config_class = ARCHITECTURES[name]
+    layer = layer_class(config_class(**WIDTHS | sizes_of(config_class)))
+    torch.nn.init.normal_(layer.W_dec)
+    torch.testing.assert_close(layer.decode(layer.encode_with_hidden_pre(X)[0]), layer(X))
+
+
+def test_an_encode_that_nobody_will_decode_does_not_wait() -> None:
+    layer = random_layer("mxd")
+    layer.encode(X.clone())  # neither its input nor what it returned is alive
+    edited = layer.encode(X) * 2
+    torch.testing.assert_close(layer.decode(edited), layer.decode(edited, X))
+    other = X.clone()
+    kept = layer.encode(other)
+    edited = layer.encode(X) * 2
+    with pytest.raises(ValueError, match="more than one encode"):
+        layer.decode(edited)
+    del other, kept
+    torch.testing.assert_close(layer.decode(edited), layer.decode(edited, X))

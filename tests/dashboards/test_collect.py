@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from benchmarks.dashboard import cost
 from mxd_lens import MxD, TopKTranscoder, load_model
 from mxd_lens.analysis.token_text import token_texts, vocabulary_text
-from mxd_lens.dashboards.collect import collection, excerpts, firings
+from mxd_lens.dashboards.collect import collection, effects, excerpts, firings, kept
 from mxd_lens.dashboards.collect.collection import collect_dashboard
 from mxd_lens.dashboards.collect.data import (
     Band,
@@ -33,7 +33,9 @@ from mxd_lens.dashboards.collect.data import (
     Neighbour,
     TokenEffect,
 )
-from mxd_lens.dashboards.collect.streams import BestRows, Histograms, largest_of_each, priorities
+from mxd_lens.dashboards.collect.excerpts import choose
+from mxd_lens.dashboards.collect.firings import FirstPass, histogram, priorities
+from mxd_lens.dashboards.collect.kept import Kept
 
 HOSTILE = ["<script>alert(1)</script>", "\x00\x1b[31m", "\u202eabc", "😀", "", "w" * 50_000, "\u2028", "\r\n"]
 
@@ -148,7 +150,7 @@ def tokens() -> torch.Tensor:
 
 def collect(sae, model, tokens, **changes) -> DashboardData:
     settings = {"experts": SHOWN, "cfg": EVERYTHING, "progress": False} | changes
-    return collect_dashboard(sae, model, tokens, **settings)
+    return collect_dashboard(model, sae, tokens, **settings)
 
 
 class ByHand:
@@ -433,22 +435,25 @@ def without_date(data: DashboardData) -> str:
     return repr(data)
 
 
-@pytest.mark.parametrize(
-    ("module", "name", "call"),
-    [
-        (firings, "read_batch", 1),
-        (firings, "read_batch", 3),
-        (excerpts, "losses_with", 1),
-        (excerpts, "losses_with", 2),
-        (excerpts, "losses_without", 1),
-        (excerpts, "losses_without", 3),
-        (collection, "save_file", 1),
-        (collection, "save_file", 3),
-        (collection, "assemble", 1),
-        (pq, "write_table", 2),
-    ],
-)
-def test_a_killed_run_goes_on(tiny_model, tokens, tmp_path, monkeypatch, module, name, call):
+POINTS = [
+    (firings, "read_batch", 1),
+    (firings, "read_batch", 3),
+    (excerpts, "read_batch", 1),
+    (excerpts, "read_batch", 2),
+    (effects, "losses_with", 1),
+    (effects, "losses_with", 2),
+    (effects, "losses_without", 1),
+    (effects, "losses_without", 3),
+    *((kept, "save_file", call) for call in (1, 2, 3, 6, 9, 12)),
+    (collection, "histogram", 1),
+    (effects, "spectrum", 1),
+    (pq, "write_table", 2),
+]
+"""Where a run is killed: in the n-th call of a function."""
+
+
+@pytest.mark.parametrize(("module", "name", "call"), POINTS)
+def test_a_killed_run_resumes(tiny_model, tokens, tmp_path, monkeypatch, module, name, call):
     sae = make_layer("skip_mxd, k")
     cfg = CollectionConfig(batch_size=2, checkpoint_every=1, n_per_band=2, before=2, after=1)
     whole = without_date(collect(sae, tiny_model, tokens, cfg=cfg, folder=tmp_path / "whole"))
@@ -473,11 +478,13 @@ def test_a_killed_run_goes_on(tiny_model, tokens, tmp_path, monkeypatch, module,
     )
     resumed = collect(sae, tiny_model, tokens, cfg=cfg, folder=tmp_path / "killed")
     assert without_date(resumed) == whole
-    assert len(passes) == {("read_batch", 1): 4, ("read_batch", 3): 2, ("save_file", 1): 4}.get(
-        (name, call), 2 if name == "save_file" else 0
-    )
+    if module is not firings and name != "save_file":
+        assert not passes  # the first pass is not repeated
+    elif (name, call) == ("read_batch", 3):
+        assert len(passes) == 2  # of 4
     names = {"dashboard.json", "overview.parquet", "experts.parquet", "excerpts.parquet"}
-    assert {path.name for path in (tmp_path / "killed").iterdir() if "partial" not in path.name} == names
+    assert {path.name for path in (tmp_path / "killed").iterdir()} == names
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "killed"}
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a process to kill")
@@ -488,11 +495,12 @@ def test_a_process_killed_outright(tiny_model, tokens, tmp_path):
     whole = without_date(collect(sae, tiny_model, tokens, cfg=cfg))
     child = os.fork()
     if not child:
-        excerpts.losses_without = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-        collect(sae, tiny_model, tokens, cfg=cfg, folder=tmp_path)
+        effects.losses_without = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        collect(sae, tiny_model, tokens, cfg=cfg, folder=tmp_path / "d")
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    assert [path.name for path in tmp_path.iterdir()] == ["collecting.safetensors"]
-    assert without_date(collect(sae, tiny_model, tokens, cfg=cfg, folder=tmp_path)) == whole
+    assert [path.name for path in (tmp_path / "d").iterdir()] == ["collecting"]
+    assert without_date(collect(sae, tiny_model, tokens, cfg=cfg, folder=tmp_path / "d")) == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]
 
 
 def test_a_complete_folder_is_read(tiny_model, tokens, tmp_path, monkeypatch):
@@ -511,7 +519,9 @@ def test_a_complete_folder_is_read(tiny_model, tokens, tmp_path, monkeypatch):
         ({"experts": [3]}, r"experts: \[3, 17, 31, 0\] then, \[3\] now"),
         ({"cfg": CollectionConfig(n_top=3)}, "n_top: 100 then, 3 now"),
         ({"tokens": torch.full((7, 12), 5)}, "tokens: '.*' then, '.*' now"),
-        ({"kind": "mxd, relu"}, "fingerprint|k: 4 then, None now"),
+        ({"kind": "mxd, relu"}, "layer.settings: '.*' then, '.*' now"),
+        ({"changed": "layer"}, "layer.weights: '.*' then, '.*' now"),
+        ({"changed": "model"}, "model.weights: '.*' then, '.*' now"),
     ],
 )
 def test_the_folder_of_another_call_is_refused(
@@ -519,20 +529,63 @@ def test_the_folder_of_another_call_is_refused(
 ):
     with monkeypatch.context() as patch:
         if interrupted:
-            patch.setattr(collection, "assemble", None)
+            patch.setattr(collection, "histogram", None)
         with pytest.raises(TypeError) if interrupted else monkeypatch.context():
-            collect(make_layer("mxd, k"), tiny_model, tokens, folder=tmp_path)
+            collect(make_layer("mxd, k"), tiny_model, tokens, folder=tmp_path / "d")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     call = {"kind": "mxd, k", "tokens": tokens} | changes
-    sae = make_layer(call.pop("kind"))
-    with pytest.raises(ValueError, match=f"holds another dashboard.*({message}).*Name another folder"):
-        collect(sae, tiny_model, folder=tmp_path, **call)
+    sae, changed = make_layer(call.pop("kind")), call.pop("changed", "")
+    with torch.no_grad():
+        if changed == "layer":
+            sae.W_hidden[3, 5] += 1e-3
+        if changed == "model":
+            tiny_model.blocks[0].attn.W_Q[0, 3, 2] += 1e-3
+    with pytest.raises(ValueError, match=f"holds the results of another run.*({message})"):
+        collect(sae, tiny_model, folder=tmp_path / "d", **call)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_experts_that_are_drawn(tiny_model, tokens, monkeypatch):
+def test_experts_that_are_drawn_fire(tiny_model, tokens, monkeypatch):
     monkeypatch.setattr(collection, "N_BY_DEFAULT", 5)
-    ids = [e.expert for e in collect(make_layer("mxd, k"), tiny_model, tokens, experts=None).experts]
-    assert len(set(ids)) == 5
-    assert ids == sorted(ids)
+    sae = make_layer("mxd, k")
+    drawn = torch.randperm(D_SAE, generator=torch.Generator().manual_seed(0))
+    sae.b_enc[drawn[:3]] = -1000
+    data = collect(sae, tiny_model, tokens, experts=None)
+    ids = [e.expert for e in data.experts]
+    live = [n for n in drawn.tolist() if data.overview["density"][n] > 0]
+    assert ids == sorted(live[:5])
+    assert data.settings["deep"] == ids
+
+
+def test_all_that_fire(tiny_model, tokens, tmp_path):
+    sae = make_layer("mxd, k")
+    sae.b_enc[[7, 30]] = -1000
+    cfg = CollectionConfig.light(n_neighbours=4)
+    whole = {"experts": "live", "cfg": cfg, "folder": tmp_path / "d"}
+    data = collect(sae, tiny_model, tokens, **whole)
+    live = [n for n, density in enumerate(data.overview["density"]) if density > 0]
+    assert [e.expert for e in data.experts] == live
+    assert 7 not in live
+    assert all(not e.singular_values and math.isnan(e.loss_effect) for e in data.experts)
+    assert all(e.promoted and e.coactive and e.bands for e in data.experts)
+    named = collect(sae, tiny_model, tokens, experts=live[:3], cfg=cfg).experts
+    deeper = collect(sae, tiny_model, tokens, **whole, deep=live[1:3])
+    assert deeper.settings["deep"] == live[1:3]
+    for mine, theirs in zip(deeper.experts[1:3], named[1:3], strict=True):
+        close(mine.singular_values, theirs.singular_values)
+        close(mine.loss_effect, theirs.loss_effect)
+    others = [e for e in deeper.experts if e.expert not in live[1:3]]
+    assert [repr(e) for e in others] == [repr(e) for e in data.experts if e.expert not in live[1:3]]
+    again = collect(sae, tiny_model, tokens, **whole, deep=live[:2])
+    assert again.settings["deep"] == [*live[1:3], live[0]]
+    assert repr(again.experts[1:]) == repr(deeper.experts[1:])
+
+
+def test_other_files_are_left_alone(tiny_model, tokens, tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(FileExistsError, match=r"holds thesis\.txt"):
+        collect(make_layer("mxd, k"), tiny_model, tokens, folder=tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
 
 
 def test_an_expert_is_shown_once(tiny_model, tokens):
@@ -545,6 +598,7 @@ def test_an_expert_is_shown_once(tiny_model, tokens):
     [
         ({"experts": [40]}, IndexError, "expert 40 does not exist: there are 40"),
         ({"experts": []}, ValueError, "no expert is named"),
+        ({"experts": "alive"}, ValueError, 'experts are ids, "live" or None'),
         ({"tokens": torch.zeros(3, 4)}, ValueError, "tokens must be ids"),
         ({"tokens": torch.zeros(3, 1, dtype=torch.long)}, ValueError, "tokens must be ids"),
     ],
@@ -579,74 +633,58 @@ def test_what_it_costs_is_measured(tiny_model, tokens):
     assert (run["experts"], run["tokens"]) == (4, 76)
     assert run["excerpts"] > 10
     assert 0 < sum(clock for clock, _ in run["stages"].values()) < run["seconds"]
-    assert collection.assemble.__name__ == "assemble"
+    assert collection.add_spectra.__name__ == "add_spectra"
 
 
-# What is kept of a stream
+# Choosing
 
 
-def test_the_best_rows_are_those_of_a_sort(monkeypatch):
-    monkeypatch.setattr("mxd_lens.dashboards.collect.streams.LARGEST_PENDING", 20)
-    generator = torch.Generator().manual_seed(0)
-    group = torch.randint(6, (500,), generator=generator)
-    score = torch.randint(30, (500,), generator=generator).float()  # with ties
-    for size in (0, 1, 5, 1000):
-        best = BestRows(7, size)
-        for rows in torch.arange(500).split(13):
-            best.add(group[rows], score[rows], row=rows, pair=rows[:, None] * torch.tensor([1, 2]))
-            assert best._n_pending <= max(20, 7 * size) + 13
-        for g in range(7):
-            mine = [i for i in range(500) if group[i] == g]
-            expected = sorted(mine, key=lambda i: (-score[i].item(), i))[:size]
-            assert best.of(g)["row"].tolist() == expected
-            assert best.of(g)["pair"].tolist() == [[i, 2 * i] for i in expected]
+def found_by(sae, model, tokens, experts, cfg) -> firings.Firings:
+    return FirstPass(sae, experts, cfg, Kept(None, None)).read(model, tokens, progress=False)
 
 
-def test_no_rows():
-    best = BestRows(3, 2)
-    assert best.of(1) == {}
-    best.add(torch.tensor([], dtype=torch.long), torch.tensor([]))
-    assert len(best.of(1)["score"]) == 0
+@pytest.mark.parametrize("n_top", [0, 1, 4, 1000])
+def test_the_top_is_that_of_a_sort(tiny_model, tokens, n_top):
+    cfg = CollectionConfig(n_top=n_top)
+    found = found_by(make_layer("mxd, relu"), tiny_model, tokens, SHOWN, cfg)
+    for slot in range(len(SHOWN)):
+        place, value, _ = found.of(slot)
+        value[:] = value.round(1)  # with ties
+        best: dict[int, tuple[float, int]] = {}
+        for p, v in zip(place.tolist(), value.tolist(), strict=True):
+            if -v < best.get(p // 12, (0,))[0]:
+                best[p // 12] = (-v, p)
+        expected = [p for _, p in sorted(best.values())][:n_top]
+        assert choose(found, slot, cfg).top.tolist() == expected
 
 
 def test_histograms_are_numpys():
-    values = torch.tensor([0.001, 1e-9, 3.0, 4.0, 0.5, 0.5, 7.99, 8.0, 1000.0, 1e-30], dtype=torch.float64)
-    for chunk in (1, 3, 10):
-        histograms = Histograms(2)
-        for part in values.split(chunk):
-            histograms.add(torch.ones(len(part), dtype=torch.long), part)
-        edges, counts = histograms.of(1)
-        assert counts == np.histogram(values.numpy(), edges)[0].tolist()
-        assert edges[-1] == 1008
-        assert histograms.of(0) == ([], [])
-
-
-def test_largest_of_each_sequence():
-    group, sequence = torch.tensor([0, 0, 1, 0, 1, 0]), torch.tensor([0, 0, 0, 1, 0, 0])
-    score = torch.tensor([1.0, 2.0, 5.0, 3.0, 5.0, 2.0])
-    assert largest_of_each(group, sequence, score).tolist() == [1, 2, 3]
+    values = np.array([0.001, 1e-9, 3.0, 4.0, 0.5, 0.5, 7.99, 8.0, 1000.0, 1e-30])
+    edges, counts = histogram(values)
+    assert counts == np.histogram(values, edges)[0].tolist()
+    assert edges[-1] == 1008
+    assert histogram(values[:0]) == ([], [])
+    assert histogram(np.array([8.0]))[0][-1] == 8.25
 
 
 def test_priorities_are_spread_evenly_and_depend_on_everything():
-    n = torch.arange(100_000)
-    drawn = priorities(0, n % 7, n // 7 % 100, n // 700).double() / 2**63
-    assert len(drawn.unique()) == len(n)
-    counts = torch.histc(drawn, 20, -1, 1)
-    assert (counts - 5000).abs().max() < 5 * 5000**0.5
-    one = torch.tensor([3])
-    others = [priorities(*arguments).item() for arguments in [(0, one, one, one), (1, one, one, one)]]
-    others += [priorities(0, *([one] * i + [one + 1] + [one] * (2 - i))).item() for i in range(3)]
+    n = np.arange(100_000)
+    drawn = priorities(0, 3, n, 100) / 2**63
+    assert len(np.unique(drawn)) == len(n)
+    counts = np.histogram(drawn, 20, (-1, 1))[0]
+    assert (abs(counts - 5000)).max() < 5 * 5000**0.5
+    place = np.array([105])
+    others = [priorities(*a)[0] for a in [(0, 1, place, 100), (1, 1, place, 100), (0, 2, place, 100)]]
+    others += [priorities(0, 1, place + step, 100)[0] for step in (1, 100)]
     assert len(set(others)) == 5
 
 
-def test_memory_does_not_grow_with_the_text(tiny_model, tokens):
-    cfg = CollectionConfig(n_top=2, n_sampled=8, n_directions=4, batch_size=7)
-    sizes = []
-    for times in (20, 40):
-        found = firings.Firings(make_layer("mxd, k"), SHOWN, cfg)
-        found.read(tiny_model, tokens.repeat(times, 1), None, progress=False)
-        sizes.append(sum(value.numel() for value in found.state().values()))
-    assert sizes[0] == sizes[1]
+def test_memory_is_that_of_the_firings_shown(tiny_model, tokens):
+    sae = make_layer("mxd, k")
+    found = found_by(sae, tiny_model, tokens.repeat(20, 1), SHOWN, CollectionConfig())
+    n = int(found.statistics.fired[SHOWN].sum())
+    assert len(found.place) == len(found.value) == len(found.norm) == n
+    assert n < found.statistics.fired.sum() / 4
 
 
 # Texts of tokens

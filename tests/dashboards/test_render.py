@@ -25,8 +25,10 @@ from mxd_lens.dashboards.render import (
     ascii_literal,
     expert_page,
     number,
+    own_prompt,
     pieces,
     quantity,
+    read_labels,
     spans_decades,
     usage,
     visible,
@@ -77,14 +79,11 @@ def test_one_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch, at):
         second.experts[2].promoted[0] = "no effect"
     else:
         second = made_up(3, seed=1)
-        rename = Path.rename
 
-        def fail(self, target):
-            if self.name == "new":
-                raise OSError("the disk is gone")
-            return rename(self, target)
+        def fail(*_):
+            raise OSError("the disk is gone")
 
-        monkeypatch.setattr(Path, "rename", fail)
+        monkeypatch.setattr("mxd_lens.artifacts.files._exchange", fail)
     with pytest.raises((AttributeError, OSError)):
         write_dashboard(tmp_path / "d", second, progress=False)
     assert {p: p.read_bytes() for p in (tmp_path / "d").rglob("*") if p.is_file()} == before
@@ -142,7 +141,7 @@ def test_a_page_shows_its_expert():
         f"{e.promoted[0].logit:+.3g}",
         f"± {number(e.promoted[0].spread)}",
         number(e.singular_values[0]),
-        "6,902 experts" if data.settings["d_sae"] == 6902 else "60 experts",
+        "60 experts",
         "32 active on a token",
         "200,000 tokens of wikitext",
     ):
@@ -178,14 +177,19 @@ def test_bars_are_as_high_as_bins_are_full():
 def test_neighbours_and_order_are_links_in_a_folder(tmp_path):
     data = made_up(12, d_sae=14)  # nearly every neighbour has a page
     write_dashboard(tmp_path / "d", data, progress=False)
-    ids = [e.expert for e in data.experts]
-    for i, e in enumerate(data.experts):
-        markup, _ = parts_of((tmp_path / "d" / "experts" / f"expert-{e.expert}.html").read_text())
-        near = dict(re.findall(r'<a href="(expert-\d+\.html)" rel="(\w+)">', markup))
-        expected = {
-            f"expert-{ids[j]}.html": rel for j, rel in ((i - 1, "prev"), (i + 1, "next")) if 0 <= j < 12
+    by_density = sorted(data.experts, key=lambda e: -e.density)
+    ids = [e.expert for e in by_density]
+    for i, e in enumerate(by_density):
+        markup, embedded = parts_of((tmp_path / "d" / "experts" / f"expert-{e.expert}.html").read_text())
+        near = dict(re.findall(r'<a rel="(\w+)" href="(expert-\d+\.html)">', markup))
+        beside = [ids[j] if 0 <= j < 12 else None for j in (i - 1, i + 1)]
+        assert near == {
+            rel: f"expert-{n}.html" for rel, n in zip(("prev", "next"), beside, strict=True) if n is not None
         }
-        assert near == expected
+        assert embedded["beside"]["-density"] == beside
+        by_id = sorted(ids)
+        j = by_id.index(e.expert)
+        assert embedded["beside"]["expert"] == [by_id[j - 1] if j else None, [*by_id, None][j + 1]]
         for other, _ in e.similar:
             assert (f'<a href="expert-{other}.html">{other}</a>' in markup) == (other in ids)
 
@@ -197,13 +201,17 @@ def test_an_expert_that_never_fired(tmp_path):
     markup, embedded = parts_of(expert_page(data, data.experts[-1].expert).html)
     assert "It fired on none of the tokens." in markup
     assert "nan" not in re.sub("<.*?>", "", markup).lower()
-    assert "10.0}" in usage(data.settings, data.experts[-1])[0]  # a coefficient to steer by, all the same
+    assert "(0.0, 10.0)" in usage(data.settings, data.experts[-1])[0]
     assert parts_of(index.read_text())[1]["values"]["coherence"][-1] is None
     assert embedded["excerpts"] == []
 
 
 def test_the_index(tmp_path):
     data = made_up(20)
+    data.overview["consistency"] = [
+        v if math.isnan(v) else 0.01 + 0.9 * v for v in data.overview["consistency"]
+    ]
+    data.overview["mean"] = [-1.0, *data.overview["mean"][1:]]
     markup, embedded = parts_of(write_dashboard(tmp_path / "d", data, progress=False).read_text())
     by_density = sorted(data.experts, key=lambda e: -e.density)
     assert embedded["ids"] == [e.expert for e in by_density]
@@ -216,7 +224,9 @@ def test_the_index(tmp_path):
     known = [None if math.isnan(v) else pytest.approx(v, rel=1e-3) for v in data.overview["consistency"]]
     assert embedded["overview"]["consistency"] == known
     assert embedded["names"]["density"] == {"label": "density", "log": True}
-    assert not embedded["names"]["consistency"]["log"] or min(v for v in known if v is not None) > 0
+    # A share of less than a percent is far from none: a logarithm. Zero and below have none.
+    logs = {name: about["log"] for name, about in embedded["names"].items()}
+    assert logs == {"density": True, "mean": False, "share_of_output": True, "consistency": False}
     assert "n top 10; bands 4" in markup
 
 
@@ -244,6 +254,73 @@ def test_quantities():
     assert quantity("share_of_output", -1.234e-7) == "-1.2e-05 %"
     assert quantity("loss_effect", 0.5) == "+0.5"
     assert quantity("density", math.nan) == quantity("loss_effect", math.nan) == "–"
+
+
+def test_light_pages_say_what_was_not_measured(tmp_path):
+    data = made_up(4, d_sae=10)
+    light, deep = data.experts[0], data.experts[1]
+    light.singular_values, light.stable_rank, light.loss_effect = [], math.nan, math.nan
+    light.consistency, deep.consistency = 0.01, 0.9
+    for band in light.bands:
+        for x in band.excerpts:
+            x.loss_effects = [math.nan] * len(x.tokens)
+    data.settings["deep"] = [deep.expert]
+    write_dashboard(tmp_path / "d", data, progress=False)
+    pages = {
+        e.expert: parts_of((tmp_path / "d" / "experts" / f"expert-{e.expert}.html").read_text())[0]
+        for e in (light, deep)
+    }
+    for shown in ("Singular values", "loss effect", "effect on the next token&#39;s loss", "Suppresses"):
+        assert shown not in pages[light.expert]
+        assert shown.replace("&#39;", "'") in pages[deep.expert]
+    assert "writes in no common direction (consistency 0.01)" in pages[light.expert]
+
+
+def test_labels_are_shown_where_experts_are_named(tmp_path):
+    data = made_up(12, d_sae=14)
+    named = data.experts[0]
+    data.settings["labels"] = {str(named.expert): "day of the <month>"}
+    index = write_dashboard(tmp_path / "d", data, progress=False)
+    label = "day of the &lt;month&gt;"
+    markup, embedded = parts_of(index.read_text())
+    assert f"<b>{label}</b>" in markup
+    assert sum("day of the <month>" in text for text in embedded["texts"]) == 1
+    own = (tmp_path / "d" / "experts" / f"expert-{named.expert}.html").read_text()
+    assert f'<p class="label">{label}</p>' in own
+    near = next(e for e in data.experts if named.expert in [n for n, _ in e.similar])
+    assert f'title="{label}"' in (tmp_path / "d" / "experts" / f"expert-{near.expert}.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "labels"),
+    [
+        ('{"17": "a", "2": {"label": "b", "score": 0.9}}', {17: "a", 2: "b"}),
+        ('{"labels": {"3": "c"}}', {3: "c"}),
+        ("{}", {}),
+    ],
+)
+def test_a_file_of_labels(tmp_path, content, labels):
+    (tmp_path / "labels.json").write_text(content)
+    assert read_labels(tmp_path / "labels.json") == labels
+    assert read_labels(tmp_path / "no.json") == {}
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", '{"a": "b"}', '{"1": {"text": "b"}}'])
+def test_what_is_no_file_of_labels_is_said(tmp_path, content):
+    (tmp_path / "labels.json").write_text(content)
+    with pytest.raises(ValueError, match="is not a file of labels"):
+        read_labels(tmp_path / "labels.json")
+
+
+def test_the_prompt_is_one_of_the_experts_own():
+    e = made_up(1).experts[0]
+    top = e.bands[0].excerpts[0]
+    prompt = own_prompt(e)
+    assert "".join(top.tokens[: top.peak + 1]).strip().endswith(prompt)
+    top.tokens = ["<|endoftext|>", " a", " b", *top.tokens[3:]]
+    top.peak = 2
+    assert own_prompt(e) == "a b"
+    assert own_prompt(dead(3)) == "Let's talk about"
 
 
 # Text of any kind
@@ -352,10 +429,13 @@ def test_the_snippet_of_a_bundled_release_runs(cls, release, capsys, monkeypatch
     torch.manual_seed(0)
     exec(code, {})
     steered = capsys.readouterr().out
-    assert steered.startswith("Let's talk about")
+    prompt = own_prompt(data.experts[0])
+    assert prompt
+    assert steered.count(prompt) == 2
     with smollm2.saes(saes=[layer]):
-        torch.manual_seed(0)
-        assert steered.strip() != smollm2.generate("Let's talk about", max_new_tokens=20).strip()
+        assert steered.strip().startswith(
+            smollm2.generate(prompt, max_new_tokens=20, do_sample=False).strip()
+        )
 
 
 def test_a_layer_of_no_release():
@@ -382,7 +462,7 @@ QUICK = CollectionConfig(n_top=3, n_bands=2, n_per_band=2, n_tokens=4, n_neighbo
 def test_build_dashboard(name, tiny_model, tokens, tmp_path):
     layer = make_layer(name)
     index = build_dashboard(
-        layer, tiny_model, tokens, [3, 17], tmp_path / "d", "words", cfg=QUICK, progress=False
+        tiny_model, layer, tokens, [3, 17], tmp_path / "d", "words", cfg=QUICK, progress=False
     )
     data = DashboardData.load(tmp_path / "d" / "data")
     assert [e.expert for e in data.experts] == [3, 17]
@@ -396,12 +476,12 @@ def test_build_dashboard(name, tiny_model, tokens, tmp_path):
 
 def test_the_same_call_again_only_writes_and_another_is_refused(tiny_model, tokens, tmp_path, monkeypatch):
     layer = make_layer("mxd, k")
-    arguments = (layer, tiny_model, tokens)
+    arguments = (tiny_model, layer, tokens)
     build_dashboard(*arguments, [3, 17], tmp_path / "d", cfg=QUICK, progress=False)
     with monkeypatch.context() as m:
         m.setattr(type(tiny_model), "run_with_hooks", None)  # the model is not asked again
         build_dashboard(*arguments, [3, 17], tmp_path / "d", cfg=QUICK, progress=False)
-    with pytest.raises(ValueError, match="holds another dashboard"):
+    with pytest.raises(ValueError, match="holds the results of another run"):
         build_dashboard(*arguments, [3, 18], tmp_path / "d", cfg=QUICK, progress=False)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
@@ -412,15 +492,16 @@ def test_the_same_call_again_only_writes_and_another_is_refused(tiny_model, toke
 def test_a_killed_build_goes_on(tiny_model, tokens, tmp_path, monkeypatch):
     layer = make_layer("mxd, k")
     cfg = replace(QUICK, batch_size=4, checkpoint_every=1)
-    whole = build_dashboard(layer, tiny_model, tokens, [3, 17], tmp_path / "a", cfg=cfg, progress=False)
+    whole = build_dashboard(tiny_model, layer, tokens, [3, 17], tmp_path / "a", cfg=cfg, progress=False)
     from mxd_lens.dashboards.collect import collection
 
     with monkeypatch.context() as m:
-        m.setattr(collection, "assemble", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        m.setattr(collection, "histogram", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            build_dashboard(layer, tiny_model, tokens, [3, 17], tmp_path / "b", cfg=cfg, progress=False)
+            build_dashboard(tiny_model, layer, tokens, [3, 17], tmp_path / "b", cfg=cfg, progress=False)
     assert not (tmp_path / "b" / "index.html").exists()
-    again = build_dashboard(layer, tiny_model, tokens, [3, 17], tmp_path / "b", cfg=cfg, progress=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+    again = build_dashboard(tiny_model, layer, tokens, [3, 17], tmp_path / "b", cfg=cfg, progress=False)
     assert sorted(p.name for p in again.parent.iterdir()) == sorted(p.name for p in whole.parent.iterdir())
     page = Path("experts") / "expert-3.html"
     assert (again.parent / page).read_text() == (whole.parent / page).read_text()
@@ -646,7 +727,7 @@ def test_the_plot_of_all_experts(browser, folder, data):
 
 
 def test_from_expert_to_expert_by_keyboard(browser, folder, data):
-    ids = [e.expert for e in data.experts]
+    ids = [e.expert for e in sorted(data.experts, key=lambda e: -e.density)]
     with opened(browser, folder / "experts" / f"expert-{ids[1]}.html") as page:
         for key, n in (("ArrowRight", ids[2]), ("j", ids[3]), ("k", ids[2]), ("ArrowLeft", ids[1])):
             page.keyboard.press(key)
@@ -667,6 +748,60 @@ def test_from_expert_to_expert_by_keyboard(browser, folder, data):
         page.keyboard.press("i")
         page.wait_for_url("**/index.html*")
         page.wait_for_selector("#overview[data-drawn]")
+
+
+@pytest.mark.parametrize("column", ["coherence", "expert"])
+def test_the_next_page_is_the_next_in_the_index(browser, folder, data, column):
+    with opened(browser, folder / "index.html") as page:
+        page.click(f"th[data-column={column}] button")
+        ids = visible_ids(page)
+        page.click(f"#experts tbody a:text-is('{ids[3]}')")
+        for n in ids[4:7]:
+            page.keyboard.press("j")
+            page.wait_for_url(f"**/expert-{n}.html#*")
+        page.keyboard.press("k")
+        page.wait_for_url(f"**/expert-{ids[5]}.html#*")
+        page.keyboard.press("i")
+        page.wait_for_url("**/index.html#*")
+        page.wait_for_selector("#overview[data-drawn]")
+        assert visible_ids(page) == ids
+        assert page.evaluate("document.querySelector('th[aria-sort]').dataset.column") == column
+
+
+def test_embedded_a_page_is_the_expert_alone(browser, folder, data):
+    path = folder / "experts" / f"expert-{data.experts[2].expert}.html"
+    with opened(browser, path) as page:
+        assert page.locator("nav").is_visible()
+        page.goto(f"{path.as_uri()}?embed")
+        for hidden in ("nav", ".usage", ".keys"):
+            assert page.locator(hidden).is_hidden()
+        assert page.locator(".excerpt").first.is_visible()
+        assert page.locator("h1").inner_text().startswith(f"Expert {data.experts[2].expert}")
+
+
+def test_what_an_expert_fires_on_is_seen_on_a_phone(browser, folder):
+    with opened(browser, folder / "index.html", 420) as page:
+        cell = page.locator("#experts tbody td.fires").first
+        assert cell.is_visible()
+        box = cell.bounding_box()
+        assert box["width"] > 300
+        assert box["x"] + box["width"] <= 420
+        assert page.locator("#experts mark").first.is_visible()
+
+
+def test_dead_experts_are_not_drawn(browser, tmp_path):
+    some = made_up(5, d_sae=40)
+    for n in {0, 1, 2, 3, 4, 5, 6, 7} - {e.expert for e in some.experts}:
+        some.overview["density"][n] = 0.0
+    n_dead = some.overview["density"].count(0.0)
+    some.overview["consistency"] = [0.5] * 40
+    index = write_dashboard(tmp_path / "d", some, progress=False)
+    with opened(browser, index) as page:
+        for axis in "xy":
+            page.select_option(f"#axis-{axis}", "consistency")
+        page.wait_for_timeout(300)
+        assert n_dead
+        assert page.locator("#overview .scatterlayer path.point").count() == 40 - n_dead
 
 
 def test_hover_shows_a_tokens_numbers(browser, folder, data):

@@ -532,9 +532,10 @@ def test_the_figures():
     lost = curves["dash", "x2"]
     base = report.faithfulness.ce_loss
     assert list(lost.y) == [a.ce_loss_removed - base for a in report.ablations]
-    bars = {t.name: t for t in replacements_figure({"it": report}).data if t.xaxis == "x"}
-    assert list(bars["experts at the best constant"].y) == [report.normalized_mse_best_constant_gate]
-    assert list(bars["MLP zero-ablated"].y) == [1.0]
+    errors = next(t for t in replacements_figure({"it": report}).data if t.xaxis == "x")
+    bars = dict(zip(errors.x, errors.y, strict=True))
+    assert bars["best constant"] == report.normalized_mse_best_constant_gate
+    assert bars["MLP zero-ablated"] == 1.0
     shares, histogram = information_figure({"it": report}).data
     assert list(shares.y) == [d.firing for d in report.information.dependences]
     assert sum(histogram.y) == pytest.approx(1)

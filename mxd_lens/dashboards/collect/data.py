@@ -9,8 +9,8 @@ Saved as a folder of four files; tables in parquet, which pandas reads, and JSON
                         and high (the fields of its `Band`), and the fields of `Excerpt`; a band without
                         excerpts has a row of its own, whose `tokens` is missing
 
-The id is drawn anew whenever a folder is written and stands in each of the tables too (in the metadata of
-their schema), and dashboard.json is written last: files of two writings are never read as one.
+The id is drawn anew whenever a folder is written and is in each of the tables too (in the metadata of their
+schema): files of two writings are never read as one.
 """
 
 import json
@@ -24,6 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from typing_extensions import Self
 
+from mxd_lens.artifacts.files import atomic_folder
+
 FORMAT = 1
 """Of the files; raised when what is written can no longer be read by older versions."""
 SETTINGS_FILENAME = "dashboard.json"
@@ -32,6 +34,7 @@ OVERVIEW_FILENAME, EXPERTS_FILENAME, EXCERPTS_FILENAME = (
     "experts.parquet",
     "excerpts.parquet",
 )
+FILENAMES = (SETTINGS_FILENAME, OVERVIEW_FILENAME, EXPERTS_FILENAME, EXCERPTS_FILENAME)
 ID_KEY = b"mxd_lens.dashboard"
 
 
@@ -126,7 +129,7 @@ class ExpertData:
     suppressed: list[TokenEffect]
     """Those it lowers most, most lowered first."""
     singular_values: list[float]
-    """Of W_n, largest first; the one ||c_n|| for a transcoder."""
+    """Of W_n, largest first; the one ||c_n|| for a transcoder. Empty where they were not asked for."""
     stable_rank: float
     """||W_n||_F^2 / ||W_n||_2^2: 1 for a map of one direction."""
     coactive: list[Neighbour]
@@ -161,10 +164,10 @@ class DashboardData:
     """What `collect_dashboard` collected; `save` writes it and `load` reads it."""
 
     settings: dict[str, Any]
-    """What it is of, as JSON takes it: model_name, hook_name, hook_name_out, architecture, fingerprint (of
-    the weights), layer (the folder or the release it came from, where known), d_sae, k, n_tokens (counted),
-    n_sequences, text_name, tokens (a hash of them), collection (the fields of `CollectionConfig`), versions,
-    and date."""
+    """What it is of, as JSON takes it: model_name, hook_name, hook_name_out, architecture, layer (the folder
+    or the release it came from, where known), d_sae, k, n_tokens (counted), n_sequences, context_size,
+    text_name, collection (the fields of `CollectionConfig`), identity (a `RunIdentity`), labels (of experts,
+    by id, where a labels.json is beside the layer), versions, and date."""
     overview: dict[str, list[float]]
     """A value for every expert of the layer, in their order: density, mean, maximum, load_share,
     share_of_output, contribution_rms, consistency, mean_gate_share."""
@@ -172,29 +175,25 @@ class DashboardData:
     """The experts shown, in the order asked for."""
 
     def save(self, folder: str | Path) -> None:
-        """Writes the data into a folder, over what an earlier `save` wrote there; see the module for the
-        files. Other files in the folder are left alone."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write the data as a folder, in one step, in place of what was there; see the module for the files.
+
+        Raises:
+            WriteError: they could not be written; an earlier folder is unchanged.
+        """
         identity = secrets.token_hex(8)
         overview = pa.table({name: pa.array(v, pa.float64()) for name, v in self.overview.items()})
+        rows = [_expert_row(expert) for expert in self.experts]
+        excerpts = [row for expert in self.experts for row in _excerpt_rows(expert)]
         tables = {
             OVERVIEW_FILENAME: overview,
-            EXPERTS_FILENAME: pa.Table.from_pylist(
-                [_expert_row(expert) for expert in self.experts], EXPERTS_SCHEMA
-            ),
-            EXCERPTS_FILENAME: pa.Table.from_pylist(
-                [row for expert in self.experts for row in _excerpt_rows(expert)], EXCERPTS_SCHEMA
-            ),
+            EXPERTS_FILENAME: pa.Table.from_pylist(rows, EXPERTS_SCHEMA),
+            EXCERPTS_FILENAME: pa.Table.from_pylist(excerpts, EXCERPTS_SCHEMA),
         }
-        about = {"format": FORMAT, "id": identity, "settings": self.settings}
-        for name, table in tables.items():
-            pq.write_table(table.replace_schema_metadata({ID_KEY: identity}), partial(folder / name))
-        partial(folder / SETTINGS_FILENAME).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-        # Between here and the end the folder counts as empty.
-        (folder / SETTINGS_FILENAME).unlink(missing_ok=True)
-        for name in (*tables, SETTINGS_FILENAME):
-            partial(folder / name).replace(folder / name)
+        with atomic_folder(folder) as partial:
+            for name, table in tables.items():
+                pq.write_table(table.replace_schema_metadata({ID_KEY: identity}), partial / name)
+            about = {"format": FORMAT, "id": identity, "settings": self.settings}
+            (partial / SETTINGS_FILENAME).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
@@ -205,7 +204,7 @@ class DashboardData:
             ValueError: the files are of different writings, or of a newer version.
         """
         folder = Path(folder)
-        for name in (SETTINGS_FILENAME, OVERVIEW_FILENAME, EXPERTS_FILENAME, EXCERPTS_FILENAME):
+        for name in FILENAMES:
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} holds no {name}: DashboardData.save writes it.")
         about = json.loads((folder / SETTINGS_FILENAME).read_text(encoding="utf-8"))
@@ -262,17 +261,18 @@ class CollectionConfig:
     checkpoint_every: int = 20
     """Batches between two checkpoints, if there is a folder."""
 
+    @classmethod
+    def light(cls, **changes: Any) -> Self:
+        """The settings for pages of all experts of a layer: fewer texts of each."""
+        few = {"n_top": 8, "n_per_band": 2, "n_directions": 16, "n_sampled": 200}
+        return cls(**few | changes)
+
     def __post_init__(self) -> None:
         positive = ("n_bands", "n_sampled", "n_directions", "batch_size", "checkpoint_every")
         for name in (*positive, "n_top", "n_per_band", "before", "after", "n_tokens", "n_neighbours"):
             least = 1 if name in positive else 0
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
-
-
-def partial(path: Path) -> Path:
-    """What a file is called while it is being written."""
-    return path.with_name(f".{path.name}.partial")
 
 
 def is_saved(folder: str | Path) -> bool:

@@ -1,6 +1,9 @@
 "use strict";
+// Shown inside another page, as by <iframe src="expert-17.html?embed">, there is the expert alone.
+if (new URLSearchParams(location.search).has("embed")) document.documentElement.classList.add("embed");
 // What a token's numbers are: [coefficients, norms, loss effects] of every text, null where unknown.
-const { excerpts, scales, ids } = JSON.parse(document.getElementById("data").textContent);
+// beside: the experts before and after this one in each order that the index can have.
+const { excerpts, scales, beside } = JSON.parse(document.getElementById("data").textContent);
 const tip = document.getElementById("tip");
 
 // Numbers, shown beside the token that is pointed at or chosen
@@ -106,16 +109,30 @@ for (const button of document.querySelectorAll("[data-copy]")) {
   button.addEventListener("click", () => copy(button));
 }
 
-// From expert to expert
+// From expert to expert, in the order that the index had: it is kept in the address
 
-const link = (rel) => document.querySelector(`nav a[rel=${rel}]`);
+const link = (rel) => document.querySelector(`nav a[rel=${rel}]:not([hidden])`);
 const search = document.getElementById("search");
+const state = new URLSearchParams(location.hash.slice(1));
+const asHash = () => (state.size ? `#${state}` : "");
+if (state.get("sort") in beside) {
+  beside[state.get("sort")].forEach((n, i) => {
+    const a = document.querySelector(`nav a[rel=${["prev", "next"][i]}]`);
+    a.hidden = n === null;
+    a.href = `expert-${n}.html`;
+    a.querySelector("span").textContent = n;
+  });
+}
+for (const a of document.querySelectorAll("nav a[href], .neighbours a")) {
+  a.href = `${a.getAttribute("href")}${a.rel === "next" || a.rel === "prev" || a.rel === "up" ? asHash() : ""}`;
+}
 document.getElementById("find")?.addEventListener("submit", (event) => {
   event.preventDefault();
   const query = search.value.trim();
-  const id = Number(query);
-  if (/^\d+$/.test(query) && ids.includes(id)) location.href = `expert-${id}.html`;
-  else location.href = `../index.html#q=${encodeURIComponent(query)}`;
+  const found = new URLSearchParams({ q: query });
+  if (state.has("sort")) found.set("sort", state.get("sort"));
+  if (/^\d+$/.test(query)) found.set("go", "1"); // to this very expert, if there is one
+  location.href = `../index.html#${found}`;
 });
 
 document.addEventListener("keydown", (event) => {
@@ -132,7 +149,7 @@ document.addEventListener("keydown", (event) => {
   else if (event.key === "i") link("up")?.click();
   else if (event.key === "/" && search) search.focus();
   else if (event.key === "c") {
-    select.value = String((Number(select.value) + 1) % 3);
+    select.selectedIndex = (select.selectedIndex + 1) % select.options.length;
     select.dispatchEvent(new Event("change"));
   } else return;
   event.preventDefault();

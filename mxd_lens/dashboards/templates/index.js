@@ -12,6 +12,12 @@ function remember(name, value) {
   history.replaceState(null, "", `#${state}`);
 }
 
+// A page that is opened from here knows the order: its next one is the next here.
+body.addEventListener("click", (event) => {
+  const link = event.target.closest("a");
+  if (link) link.href = link.getAttribute("href").split("#")[0] + (state.size ? `#${state}` : "");
+}, true);
+
 // Search: every word must be in the row's text; a number is an id, or the beginning of one
 
 function find() {
@@ -93,5 +99,14 @@ if (state.has("sort")) {
   if (column in values) sort(column, state.get("sort").startsWith("-"));
 }
 search.value = state.get("q") || "";
+if (state.has("go")) {
+  state.delete("go");
+  const exact = rows[ids.indexOf(Number(search.value))];
+  if (exact) {
+    const { sort: by } = Object.fromEntries(state);
+    location.replace(exact.querySelector("a").getAttribute("href") + (by ? `#sort=${by}` : ""));
+  }
+  history.replaceState(null, "", `#${state}`);
+}
 find();
 body.dataset.ready = "";

@@ -5,7 +5,7 @@
   const plot = document.getElementById("overview");
   const axes = { x: document.getElementById("axis-x"), y: document.getElementById("axis-y") };
   const withPage = new Set(ids);
-  const others = overview[axes.x.value].map((_, n) => n).filter((n) => !withPage.has(n));
+  const others = overview[axes.x.value].map((_, n) => n).filter((n) => !withPage.has(n) && overview.density?.[n] !== 0); // a dead expert is not drawn
 
   const chosen = () => {
     const layout = { ...figure.layout };
@@ -35,7 +35,7 @@
       plot.on("plotly_click", ({ points }) => row(points[0].customdata)?.click());
       plot.on("plotly_hover", ({ points }) => {
         const n = points[0].customdata;
-        const promotes = row(n)?.closest("tr").querySelector("td.text").textContent.trim();
+        const promotes = row(n)?.closest("tr").querySelector("td.promotes").textContent.trim();
         const known = row(n) ? `; promotes ${promotes}` : "; no page";
         document.getElementById("hovered").textContent = `Expert ${n}${known}`;
       });

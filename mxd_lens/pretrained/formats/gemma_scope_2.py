@@ -19,6 +19,7 @@ from typing import Any
 from mxd_lens.architectures.saved import shown
 from mxd_lens.pretrained.formats.foreign import ForeignLayer, mlp_module_output
 from mxd_lens.pretrained.formats.source import (
+    CHAT_PREFIX,
     Source,
     check_shapes,
     joined,
@@ -27,7 +28,6 @@ from mxd_lens.pretrained.formats.source import (
     safetensors_names,
     width_of,
 )
-from mxd_lens.pretrained.saelens_loaders import CHAT_PREFIX
 
 NAME = "Gemma Scope 2"
 CONFIG, WEIGHTS = "config.json", "params.safetensors"

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from mxd_lens.architectures.saved import FLOATS, few, hub_errors, shown
 
+CHAT_PREFIX = 4
+"""Positions of <bos><start_of_turn>user and a new line, at the start of every chat of Gemma 3."""
+
 MAX_CONFIG_BYTES = 2**22
 """Of a configuration file; the largest released one has some kilobytes."""
 
