@@ -7,6 +7,7 @@ value. `make numbers` writes the values, `python docs/measured.py --check` fails
 file holds, or where a page has a decimal number that is neither marked nor code.
 """
 
+import gzip
 import json
 import re
 import sys
@@ -125,16 +126,6 @@ class Frontier:
         return self.by_k("{0.added_loss:+.3f}")
 
     @property
-    def headline(self) -> str:
-        """The three architectures of the paper at K 32."""
-        rows = []
-        for name in ("mxd", "topk_transcoder", "topk_skip_transcoder"):
-            r = self.points[name][32]
-            cells = (f"{r.normalized_mse:.2f}", f"{r.normalized_mse_mean_gate:.2f}", f"{r.added_loss:+.3f}")
-            rows.append([self.titles[name], *cells])
-        return table(["", "error", "error under mean ablation", "cross-entropy added, nats"], rows)
-
-    @property
     def spread(self) -> str:
         """A table of what was trained from several seeds: the mean, the least and the most."""
         quantities = ("normalized_mse", "feature_share", "added_loss")
@@ -148,6 +139,33 @@ class Frontier:
         return table(
             ["", "K", "seeds", "normalised MSE", "explained by experts", "cross-entropy added"], rows
         )
+
+
+def at_scale(block: int, k: int, text: str, columns: dict[str, str]) -> str:
+    """Layers at the paper's proportions: a row for each architecture, of one block, K and text.
+
+    Args:
+        block, k, text: which layers, and what they were evaluated on.
+        columns: a format string over error, ablated and added (the cross-entropy) by the column's title.
+    """
+    found: dict[str, dict[int, Any]] = {}
+    for row in AT_SCALE:
+        plain = row.get("settings", {}) in ({}, {"d_hidden": 2304}) and not row.keys() & {
+            "lr_factor",
+            "batch",
+        }
+        if plain and (row.get("block"), row.get("k")) == (block, k):
+            found.setdefault(row["architecture"], {})[row.get("seed", 0)] = row["texts"][text]
+    unmodified = mean(AT_SCALE[0]["base"][text]["ce"])
+    rows = []
+    for name, title in ARCHITECTURES_AT_SCALE.items():
+        error, ablated, ce = (
+            mean(mean(seed[quantity]) for seed in found[name].values())
+            for quantity in ("nmse", "mean_gate", "ce")
+        )
+        measured = {"error": error, "ablated": ablated, "added": ce - unmodified}
+        rows.append([title, *(written.format(**measured) for written in columns.values())])
+    return table(["", *columns], rows)
 
 
 def mean_of(reports: list[Report]) -> Report:
@@ -244,6 +262,14 @@ def version_of(name: str, pinned: dict[str, str]) -> str:
     return {plain(other): version for other, version in pinned.items()}.get(plain(name), "not pinned")
 
 
+with gzip.open(RESULTS / "frontier-at-scale" / "results.jsonl.gz", "rt", encoding="utf-8") as lines:
+    AT_SCALE = [json.loads(line) for line in lines]
+ARCHITECTURES_AT_SCALE = {
+    "topk_transcoder": "transcoder",
+    "mxd": "MxD",
+    "topk_skip_transcoder": "skip transcoder",
+    "affine_skip_mxd": "MxD with affine experts and a skip",
+}
 layer12 = read(RESULTS / "smollm2-135m-layer12" / "report.json")
 mxd11, transcoder11 = bundled("smollm2-135m-mxd"), bundled("smollm2-135m-transcoder")
 frontier = Frontier(layer=12, text="WikiText-2")
@@ -270,7 +296,16 @@ tables = SimpleNamespace(
             "recovered": "{0.ce_loss_recovered:.2f}",
         }
     ),
-    headline=frontier.headline,
+    headline=at_scale(
+        12,
+        32,
+        "WikiText-2",
+        {
+            "error": "{error:.3f}",
+            "error under mean ablation": "{ablated:.2f}",
+            "cross-entropy added, nats": "{added:+.4f}",
+        },
+    ),
     errors12=frontier.errors,
     shares12=frontier.shares,
     losses12=frontier.losses,

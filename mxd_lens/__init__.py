@@ -66,10 +66,12 @@ if TYPE_CHECKING:
     )
     from mxd_lens.dashboards.render import build_dashboard
     from mxd_lens.evals.ablation import AblationReport, ablation_study, what_experts_carry
+    from mxd_lens.evals.check import LayerCheck, check_layer
     from mxd_lens.evals.faithfulness import FaithfulnessReport, evaluate
     from mxd_lens.evals.frontier import frontier
     from mxd_lens.evals.probing.probing import sparse_probing
     from mxd_lens.evals.stability import stability
+    from mxd_lens.hooks.positions import trained_positions
     from mxd_lens.hooks.replace import replacement_hooks
     from mxd_lens.hooks.steer import ablate, steer
     from mxd_lens.models import load_model
@@ -85,6 +87,7 @@ __version__ = "0.1.0"
 _MODULES = (
     "architectures",
     "models",
+    "hooks.positions",
     "hooks.replace",
     "hooks.steer",
     "pretrained.hub",
@@ -99,6 +102,7 @@ _MODULES = (
     "training.activations",
     "training.config",
     "training.runner",
+    "evals.check",
     "evals.faithfulness",
     "evals.frontier",
     "evals.ablation",
@@ -123,6 +127,7 @@ __all__ = [
     "JumpReLUSkipTranscoderConfig",
     "JumpReLUTranscoder",
     "JumpReLUTranscoderConfig",
+    "LayerCheck",
     "MOLTConfig",
     "MxD",
     "MxDConfig",
@@ -162,6 +167,7 @@ __all__ = [
     "ablate",
     "ablation_study",
     "build_dashboard",
+    "check_layer",
     "evaluate",
     "expert_card",
     "expert_statistics",
@@ -182,6 +188,7 @@ __all__ = [
     "stability",
     "steer",
     "top_experts",
+    "trained_positions",
     "what_experts_carry",
 ]
 

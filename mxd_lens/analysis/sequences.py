@@ -9,7 +9,8 @@ from sae_lens import SAE
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mxd_lens.models import check_tokens, ordinary_tokens
+from mxd_lens.hooks.positions import trained_positions
+from mxd_lens.models import check_tokens
 
 Text = str | Sequence[str] | Int[Tensor, "sequences positions"] | Sequence[Int[Tensor, " positions"]]
 """A string, strings (each a sequence of its own), token ids with one sequence per row, or sequences of
@@ -28,14 +29,14 @@ class Batch(NamedTuple):
 
     def counted(self, model: Any, sae: SAE[Any]) -> Bool[Tensor, "sequences positions"]:
         """The tokens that a measurement counts: those that the layer's training did not exclude."""
-        return self.present & ordinary_tokens(model, self.tokens, sae.cfg.metadata.exclude_special_tokens)
+        return self.present & trained_positions(model, sae, self.tokens)
 
 
 def counted_tokens(
     model: Any, sae: SAE[Any], tokens: Int[Tensor, "*batch positions"]
 ) -> Bool[Tensor, "*batch positions"]:
-    """The tokens that the layer's training did not exclude."""
-    return ordinary_tokens(model, tokens, sae.cfg.metadata.exclude_special_tokens)
+    """The tokens that the layer was trained on: `trained_positions`."""
+    return trained_positions(model, sae, tokens)
 
 
 def token_sequences_of(

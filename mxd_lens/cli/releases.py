@@ -6,8 +6,18 @@ from typing import Annotated
 import typer
 
 from mxd_lens.cli.application import command, show
-from mxd_lens.cli.loading import FOREIGN, check_layer_folder
-from mxd_lens.cli.options import Json, checked, is_folder_to_write, one_of, output_folder
+from mxd_lens.cli.loading import FOREIGN, check_layer_folder, load_its_model
+from mxd_lens.cli.options import (
+    Bridge,
+    Device,
+    ItsModel,
+    Json,
+    best_device,
+    checked,
+    is_folder_to_write,
+    one_of,
+    output_folder,
+)
 
 
 def is_layer_folder(folder: Path) -> Path:
@@ -75,6 +85,30 @@ def convert(
 
     layer = convert(release, output, layer_id, to, dtype=dtype)
     typer.echo(f"Saved in {output}: {type(layer).__name__} of {layer.cfg.metadata.model_name!r}.")
+
+
+@command
+def check(
+    source: Source,
+    model: ItsModel = None,
+    bridge: Bridge = False,
+    device: Device = "auto",
+    json: Json = None,
+) -> None:
+    """Check that a layer is in its right place: its hook points, input, scale and skip connection.
+
+    The exit code is 1 where something is wrong.
+    """
+    release, layer = split_source(source)
+
+    from mxd_lens import check_layer, load_layer
+
+    device = best_device(device)
+    sae = load_layer(release, layer, device)
+    found = check_layer(load_its_model(sae, model, device, bridge), sae)
+    show(found, json)
+    if not found.fits:
+        raise typer.Exit(1)
 
 
 @command

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_origin
 
 import torch
-from sae_lens import SAE
+from sae_lens import SAE, logger
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -21,6 +21,9 @@ from mxd_lens.artifacts.tables import Table, Tabular, decimals
 from mxd_lens.evals.harness import Forward, Measurement, Target, layer_output, unchanged, zero
 from mxd_lens.hooks.replace import Replacement
 from mxd_lens.models import model_first
+
+USELESS = 0.9
+"""A normalised MSE of 1 is that of writing nothing at all."""
 
 N_LARGEST = 5
 UNKNOWN, HELD_OUT, SEEN = "unknown", "held-out", "seen in training"
@@ -290,12 +293,21 @@ def evaluate_all(
                 bar.update()
     whole = {str(i): sequence for i, sequence in enumerate(sequences)}
     about = {"text_name": text_name, "text_hash": hash_tensors(whole)}
-    return {
+    reports = {
         name: layer.report(
             model, forwards, about, unmodified[layer.target.output], ablated[layer.target.output]
         )
         for name, layer in layers.items()
     }
+    for name, report in reports.items():
+        if report.normalized_mse > USELESS:
+            logger.warning(
+                "%s has a normalised MSE of %.2f, and writing nothing has 1: check_layer(model, sae) says "
+                "whether it reads the wrong tensor, or lacks a part.",
+                name or "The layer",
+                report.normalized_mse,
+            )
+    return reports
 
 
 def few_names(names: Set[str]) -> str:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from mxd_lens.analysis.decomposition import Parts, decompose
 from mxd_lens.analysis.firings import check_finite
 from mxd_lens.analysis.sequences import Batch
+from mxd_lens.hooks.positions import in_slice
 from mxd_lens.hooks.replace import Hook, Replacement, paired_hooks
 from mxd_lens.hooks.site import check_fits, hook_names
 from mxd_lens.models import ordinary_tokens, special_token_ids
@@ -32,18 +33,21 @@ class Target:
     """Where it writes."""
     excluded: tuple[int, ...]
     """Token ids that are left as they are, and not counted."""
+    seqpos_slice: tuple[int | None, ...] | None = None
+    """The positions that are replaced and counted; None: all."""
 
     @classmethod
     def of(cls, model: Any, sae: SAE[Any]) -> "Target":
         """The target of a layer. Raises ValueError where the layer does not belong to the model."""
         check_fits(model, sae)
         excluded = special_token_ids(model, sae.cfg.metadata.exclude_special_tokens)
-        return cls(*hook_names(sae), tuple(excluded))
+        positions = sae.cfg.metadata.seqpos_slice
+        return cls(*hook_names(sae), tuple(excluded), tuple(positions) if positions else None)
 
     @property
-    def output(self) -> tuple[str, tuple[int, ...]]:
+    def output(self) -> tuple[Any, ...]:
         """What decides the MLP's own output there, and the model with zero in its place."""
-        return self.hook_name_out, self.excluded
+        return self.hook_name_out, self.excluded, self.seqpos_slice
 
 
 class Forward:
@@ -56,7 +60,8 @@ class Forward:
 
     def counted(self, target: Target) -> Bool[Tensor, "sequences positions"]:
         """Which tokens are replaced and counted."""
-        return self.present & ordinary_tokens(self.model, self.tokens, list(target.excluded))
+        ordinary = ordinary_tokens(self.model, self.tokens, list(target.excluded))
+        return self.present & ordinary & in_slice(self.tokens, target.seqpos_slice)
 
     def predicting(self, target: Target) -> Bool[Tensor, "sequences predictions"]:
         """The counted tokens whose next token is known."""

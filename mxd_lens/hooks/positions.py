@@ -9,10 +9,42 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
+from sae_lens import SAE
 from torch import Tensor
+
+from mxd_lens.models import ordinary_tokens
 
 PositionFilter = Callable[[Int[Tensor, " positions"]], Bool[Tensor, "*sequences positions"]]
 Positions = int | slice | Sequence[int] | Tensor | PositionFilter | None
+
+
+def trained_positions(
+    model: Any, sae: SAE[Any], tokens: Int[Tensor, "*batch positions"]
+) -> Bool[Tensor, "*batch positions"]:
+    """The positions that a layer was trained on: the rule that every measurement here follows.
+
+    metadata.exclude_special_tokens leaves special tokens out (True), or the tokens with these ids;
+    metadata.seqpos_slice keeps a slice of each sequence, as (1, None) all but the first position. Released
+    layers have the rule of the library that trained them; set the two fields to override it.
+
+    Args:
+        model: the model, for its tokenizer's special tokens.
+        sae: the layer.
+        tokens: token ids; a sequence starts at position 0.
+    """
+    metadata = sae.cfg.metadata
+    return ordinary_tokens(model, tokens, metadata.exclude_special_tokens) & in_slice(
+        tokens, metadata.seqpos_slice
+    )
+
+
+def in_slice(
+    tokens: Int[Tensor, "*batch positions"], seqpos_slice: Sequence[int | None] | None
+) -> Bool[Tensor, " positions"]:
+    """Which positions a slice of them, as (1, None), keeps; None keeps all."""
+    kept = torch.zeros(tokens.shape[-1], dtype=torch.bool, device=tokens.device)
+    kept[slice(*(seqpos_slice or (None,)))] = True
+    return kept
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float
 from sae_lens import SAE
 from torch import Tensor
 
@@ -51,7 +52,9 @@ class Replacing(threading.local):
             )
 
 
-def replacement_hooks(sae: SAE[Any]) -> list[Hook]:
+def replacement_hooks(
+    sae: SAE[Any], positions: Bool[Tensor, "sequences positions"] | None = None
+) -> list[Hook]:
     """Forward hooks that put `sae(x)` in the place of the MLP's output.
 
         logits = model.run_with_hooks(tokens, fwd_hooks=replacement_hooks(sae))
@@ -63,6 +66,9 @@ def replacement_hooks(sae: SAE[Any]) -> list[Hook]:
 
     Args:
         sae: the layer; its metadata names the hooks.
+        positions: where to replace the MLP; elsewhere its own output stays. Those that the layer was trained
+            on, as `evaluate` counts them, are `trained_positions(model, sae, tokens)`. None: everywhere, as
+            SAELens attaches a layer, which knows no tokens.
 
     Returns:
         Pairs (filter, function). The filter finds the hook point in the model that is run: only the model
@@ -73,7 +79,19 @@ def replacement_hooks(sae: SAE[Any]) -> list[Hook]:
             they do not fire.
     """
     hook_in, hook_out = hook_names(sae)
-    return _hooks(Replacing(hook_in, hook_out, lambda x, _y: sae(x.to(sae.W_dec.device))), needs_y=False)
+
+    def replaced(x: Tensor, y: Tensor) -> Tensor:
+        y_hat = sae(x.to(sae.W_dec.device))
+        if positions is None:
+            return y_hat
+        if positions.shape != y.shape[:-1]:
+            raise ValueError(
+                f"positions have the shape {tuple(positions.shape)}, and the model runs sequences of "
+                f"{tuple(y.shape[:-1])}: give the positions of these tokens."
+            )
+        return torch.where(positions.unsqueeze(-1).to(y.device), y_hat.to(y), y)
+
+    return _hooks(Replacing(hook_in, hook_out, replaced), needs_y=positions is not None)
 
 
 def paired_hooks(hook_in: str, hook_out: str, replacement: Replacement) -> list[Hook]:

@@ -96,7 +96,7 @@ def model_card(
     parts = [
         front_matter([sae.cfg.architecture()], base_model or hub_name(model_name), license),
         f"# {plain(sae_id)}: {title[0].lower()}{title[1:]} of {plain(model_name) or 'a language model'}",
-        f"{title} that stands in for one MLP: it reads {code(metadata.get('hook_name'))} and writes "
+        f"{title} that replaces one MLP: it reads {code(metadata.get('hook_name'))} and writes "
         f"{code(metadata.get('hook_name_out'))}. Made with mxd_lens, in SAELens' format.",
         "## The layer",
         formula(sae),
@@ -107,7 +107,7 @@ def model_card(
         *(report_section(sae, text, report) for text, report in (reports or {}).items()),
     ]
     if not reports:
-        parts.append("It has not been judged yet: `mxd_lens.evaluate` does that.")
+        parts.append("It has not been evaluated yet: `mxd_lens.evaluate` does that.")
     if top_experts:
         rows = [(f"{expert:,}", plain(what)) for expert, what in top_experts.items()]
         parts += ["## Experts", table(("expert", "responds to"), rows)]

@@ -180,6 +180,12 @@ def convert(
         raise FileExistsError(f"{folder} is not empty. Name a new folder.")
     if to != SAELENS and to not in WRITERS:
         raise ValueError(f"to must be one of {', '.join([SAELENS, *WRITERS])}, got {to!r}.")
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is not an empty folder, and nothing is overwritten: name another.")
+    if to == SAELENS and not metadata and _is_the_papers(source, sae_id):
+        # Its sparsity lies in a second file.
+        return paper.convert(source, folder, device, dtype)
     sae = load_layer(source, sae_id, device, dtype)
     for name, value in (metadata or {}).items():
         sae.cfg.metadata[name] = value
@@ -189,6 +195,13 @@ def convert(
         else:
             WRITERS[to]([sae], partial)
     return sae
+
+
+def _is_the_papers(source: str | Path, sae_id: str | None) -> bool:
+    path = Path(source).expanduser()
+    if sae_id is not None or not path.is_file() or not path.name.endswith(dunefsky.SUFFIXES):
+        return False
+    return dunefsky.is_the_papers(read_checkpoint_file(path))
 
 
 # Describing

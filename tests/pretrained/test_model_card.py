@@ -227,7 +227,7 @@ def test_what_is_left_without_the_experts(architecture: str, rest: str) -> None:
 
 
 def test_a_layer_that_was_not_judged() -> None:
-    assert "has not been judged yet" in card_of(random_layer())
+    assert "has not been evaluated yet" in card_of(random_layer())
 
 
 @pytest.mark.parametrize("missing", ["normalized_mse_mean_gate", "feature_share", "n_tokens"])

@@ -21,6 +21,7 @@ from foreign_files import (
 from hub_stand_in import HubStandIn
 from sae_lens import SAE
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from mxd_lens import (
     JumpReLUSkipTranscoder,
@@ -31,6 +32,7 @@ from mxd_lens import (
     load_layer,
     replacement_hooks,
 )
+from mxd_lens.cli import app
 from mxd_lens.pretrained.formats import circuit_tracer, sparsify
 from mxd_lens.pretrained.released import convert, inspect_source
 
@@ -478,3 +480,38 @@ def test_saelens_metadata_is_repaired() -> None:
         REPAIRS[name](config)
         assert {key: config.get(key) for key in after} == after
         assert hasattr(loaders.NAMED_PRETRAINED_SAE_LOADERS[name], "replaced")
+
+
+# The command line
+
+
+def test_inspect_and_convert(tmp_path: Path) -> None:
+    release, sae_id = any_layer("sparsify", tmp_path)
+    result = CliRunner().invoke(app, ["inspect", str(release)])
+    assert result.exit_code == 0, result.output
+    assert "sparsify" in result.output
+    assert "layers.1.mlp" in result.output
+    result = CliRunner().invoke(app, ["inspect", f"{release}:{sae_id}"])
+    assert "mxd_lens.TopKSkipTranscoder" in result.output
+    assert "blocks.1.mlp.hook_in (post_gain)" in result.output
+    out = tmp_path / "out"
+    result = CliRunner().invoke(app, ["convert", f"{release}:{sae_id}", "-o", str(out)])
+    assert result.exit_code == 0, result.output
+    assert torch.equal(SAE.load_from_disk(out)(X), load_layer(release, sae_id)(X))
+    again = tmp_path / "again"
+    result = CliRunner().invoke(app, ["convert", str(out), "-o", str(again), "--to", "sparsify"])
+    assert result.exit_code == 0, result.output
+    assert torch.equal(load_layer(again, sae_id)(X), load_layer(release, sae_id)(X))
+    result = CliRunner().invoke(app, ["convert", str(out), "-o", str(again)])
+    assert result.exit_code == 1
+    assert "is not empty" in result.output
+
+
+@pytest.mark.slow
+def test_check_says_what_is_wrong(tmp_path: Path, tiny_folder: Path) -> None:
+    release, sae_id = any_layer("sparsify", tmp_path)
+    result = CliRunner().invoke(
+        app, ["check", f"{release}:{sae_id}", "--model", str(tiny_folder), "--json", "-"]
+    )
+    assert result.exit_code == 1
+    assert '"fits": false' in result.output

@@ -28,6 +28,7 @@ from torch import Tensor
 from mxd_lens.architectures.saved import shown
 from mxd_lens.pretrained.formats.foreign import ForeignLayer, block_of, mlp_module_output
 from mxd_lens.pretrained.formats.source import (
+    CHAT_PREFIX,
     Repository,
     Source,
     check_shapes,
@@ -110,7 +111,7 @@ def read(source: Source, layer: str) -> ForeignLayer:
     foreign.metadata |= {
         "prepend_bos": True,
         "exclude_special_tokens": False,
-        "seqpos_slice": [4 if is_gemma_3_chat else 1, None],
+        "seqpos_slice": [CHAT_PREFIX if is_gemma_3_chat else 1, None],
         "source_format": NAME,
     }
     return foreign

@@ -1,0 +1,115 @@
+"""An MxD and a TopK transcoder of one MLP of Gemma 3 270M, whose blocks have a norm after the MLP too.
+
+    python -m experiments.gemma_3_270m --output FOLDER [--tokens 200000] [--layer 5] [--sequences 16]
+
+Both have the parameters of a transcoder with 4 x 640 features, read what the MLP reads and predict what the
+block adds to the residual stream. They are trained together through HookedTransformer and evaluated through
+SAETransformerBridge, which runs transformers' own model. FOLDER gets both layers, and report.json for each.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+
+from mxd_lens import (
+    MxD,
+    TopKTranscoder,
+    TrainingMxDConfig,
+    TrainingTopKTranscoderConfig,
+    TranscoderRunnerConfig,
+    load_model,
+    replacement_hooks,
+)
+from mxd_lens.architectures.base import transcoder_parameters
+from mxd_lens.evals.faithfulness import evaluate_all
+from mxd_lens.models import GEMMA3
+from mxd_lens.text import load_text, split_text, token_sequences
+from mxd_lens.training.multi_runner import MultiTranscoderTrainingRunner
+
+BATCH, K = 1024, 32
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, default=200_000)
+    parser.add_argument("--layer", type=int, default=5)
+    parser.add_argument("--sequences", type=int, default=16, help="held-out sequences of 128 tokens")
+    args = parser.parse_args()
+
+    train_rows, held_out_rows = split_text(load_text("nltk:brown"))
+    model = load_model(GEMMA3)
+    d = model.cfg.d_model
+    train = token_sequences(model, train_rows, max(1, args.tokens // 128))
+    held_out = token_sequences(model, held_out_rows, args.sequences)
+    budget = transcoder_parameters(d, d, 4 * d)
+    common = {"d_in": d, "d_out": d, "k": K}
+    branch = {"d_hidden": d, "hidden_activation": "gelu"}
+    saes = {
+        "mxd": TrainingMxDConfig(
+            d_sae=TrainingMxDConfig.matched_size(budget, d_in=d, d_out=d, **branch), **common, **branch
+        ),
+        "transcoder": TrainingTopKTranscoderConfig(d_sae=4 * d, **common),
+    }
+    steps = args.tokens // BATCH
+    hook_name, hook_name_out = f"blocks.{args.layer}.mlp.hook_in", f"blocks.{args.layer}.hook_mlp_out"
+    cfgs = {
+        name: TranscoderRunnerConfig(
+            sae=sae,
+            model_name=GEMMA3,
+            hook_name=hook_name,
+            hook_name_out=hook_name_out,
+            dataset_path="nltk:brown",
+            training_tokens=steps * BATCH,
+            train_batch_size_tokens=BATCH,
+            n_batches_in_buffer=8,
+            store_batch_size_prompts=8,
+            context_size=128,
+            standardize_activations=True,
+            lr=4e-3,
+            lr_warm_up_steps=min(20, steps // 4),
+            lr_decay_steps=steps // 2,
+            n_checkpoints=0,
+            output_path=str(args.output / name),
+        )
+        for name, sae in saes.items()
+    }
+    MultiTranscoderTrainingRunner(
+        cfgs,
+        override_dataset=Dataset.from_dict({"tokens": train.tolist()}),
+        override_model=model,
+    ).run()
+
+    del model
+    bridge = load_model(GEMMA3, model_class=SAETransformerBridge)
+    layers = {
+        "mxd": MxD.from_pretrained(args.output / "mxd"),
+        "transcoder": TopKTranscoder.from_pretrained(args.output / "transcoder"),
+    }
+    reports = evaluate_all(
+        bridge, layers, held_out, batch_size=4, text_name="the Brown corpus, held-out rows"
+    )
+    tokens = held_out[:1]
+    differences = {}
+    for name, layer in layers.items():
+        reports[name].save(args.output / name / "report.json")
+        with torch.no_grad():
+            by_hooks = bridge.run_with_hooks(tokens, fwd_hooks=replacement_hooks(layer))
+            with bridge.saes(saes=[layer]):
+                differences[name] = (bridge(tokens) - by_hooks).abs().max().item()
+    summary = {
+        "training_tokens": steps * BATCH,
+        "layer": args.layer,
+        "attached_minus_forward_logits": differences,
+        "reports": {name: report.to_dict() for name, report in reports.items()},
+    }
+    (args.output / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    print(json.dumps(summary, indent=1))
+
+
+if __name__ == "__main__":
+    main()
