@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from killing import hidden, run_killed
+from resumable_jobs import Job, digest, training_jobs
 
 
 @pytest.fixture
