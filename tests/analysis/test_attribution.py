@@ -4,12 +4,12 @@ from io import StringIO
 
 import pytest
 import torch
+from attached import MODELS, PROMPT
 from conftest import D_MODEL
 from layers import make_layer, skip_of, true_input, written_by
 from rich.console import Console
 from sae_lens.analysis.hooked_sae_transformer import add_hook_in_to_mlp
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
-from test_attach import MODELS, PROMPT
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import AutoModelForCausalLM
 
@@ -231,7 +231,7 @@ def test_on_the_real_model(smollm2):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["HookedSAETransformer", "SAETransformerBridge"])
 def test_a_model_in_half_precision(tiny_folder, kind, dtype):
-    """Its effects are those of the same model in float32, to its precision, and what it rounds off is said."""
+    """Its effects are those of the same model in float32, but for the rounding, which has a row of its own."""
     model = MODELS[kind](tiny_folder)
     later = make_layer("mxd, k", "float32", layer=2)
     tokens = model.to_tokens(PROMPT)[0]

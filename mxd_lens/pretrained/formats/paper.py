@@ -26,6 +26,7 @@ Which of its weights is which of ours, transposed where it says T:
 
 import functools
 import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -69,6 +70,9 @@ SPARSITY_SUFFIX = "_log_feature_sparsity.pt"
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 L = TypeVar("L", bound=SAE[Any])
 
+RMS_NORM = re.compile("llama|gemma|mi[sx]tral|qwen|olmo-2|phi-3|yi-|smollm", re.IGNORECASE)
+"""Models whose norms are RMS norms, by their names."""
+
 MAX_SETTINGS = 10_000
 """Values in a config, those inside lists and dictionaries included; the paper's has about 70."""
 MAX_DEPTH = 20
@@ -85,7 +89,7 @@ def load_reference_checkpoint(
     `cfg.metadata`: model_name, hook_name, hook_name_out, context_size, dataset_path, prepend_bos, and
     everything else that JSON can hold as `reference_config`. The paper's code hooks a model as
     HookedTransformer.from_pretrained processes it: norms folded, and what the MLP writes centred, so that
-    its mean over d_out is zero. On an unprocessed model the output to compare with has that mean too.
+    its mean over d_out is zero. `metadata.weight_processing` records it, and the layer is refused on another.
 
     Args:
         path: a `.pt` (torch's zip format, which is mapped rather than read, or its legacy one), `.pkl` or
@@ -344,6 +348,9 @@ class ReferenceConfig:
             "context_size": rest.pop("context_size", None),
             "dataset_path": rest.pop("dataset_path", None),
             "prepend_bos": True,
+            # As HookedTransformer.from_pretrained processes the model: RMS norms leave nothing to centre.
+            "weight_processing": ["fold_ln"]
+            + ["center_writing_weights"] * (not RMS_NORM.search(str(settings.get("model_name")))),
         }
         if self.is_transcoder:
             known["hook_name_out"] = rest.pop("out_hook_point")
