@@ -231,7 +231,7 @@ def test_on_the_real_model(smollm2):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["HookedSAETransformer", "SAETransformerBridge"])
 def test_a_model_in_half_precision(tiny_folder, kind, dtype):
-    """Its effects are those of the same model in float32, but for the rounding, which has a row of its own."""
+    """Its effects are those of the same model in float32, but for the rounding, which is a row."""
     model = MODELS[kind](tiny_folder)
     later = make_layer("mxd, k", "float32", layer=2)
     tokens = model.to_tokens(PROMPT)[0]
