@@ -44,7 +44,7 @@ def configs(model: Any, n: int, layer: int, tokens: int) -> dict[str, Transcoder
             training_tokens=tokens,
             train_batch_size_tokens=BATCH,
             n_batches_in_buffer=2 * BATCH // 128,
-            lr=contender.lr,
+            lr=4e-3,
             lr_warm_up_steps=1,
             standardize_activations=True,
             n_checkpoints=0,

@@ -226,7 +226,7 @@ class TrainingRun:
         self.graph = None
         self.optimizer = None
         self.layer.normalize_decoder()
-        self.scaler.fold()
+        self.scaler.fold(self.layer)
         for parameter in self.layer.parameters():
             parameter.grad = None
         return self.layer.eval().requires_grad_(False)

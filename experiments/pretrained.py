@@ -71,7 +71,7 @@ def main() -> None:
             training_tokens=steps * BATCH,
             train_batch_size_tokens=BATCH,
             n_batches_in_buffer=1024,
-            lr=CONTENDERS[name].lr,
+            lr=4e-3,
             lr_warm_up_steps=50,
             lr_decay_steps=steps // 2,
             standardize_activations=True,

@@ -13,6 +13,7 @@ import wrapt
 if TYPE_CHECKING:
     from mxd_lens.adapters.saelens_metrics import saelens_metrics
     from mxd_lens.analysis.concepts import find_experts
+    from mxd_lens.analysis.graph import AttributionGraph, attribution_graph
     from mxd_lens.analysis.logit_lens import logit_lens
     from mxd_lens.analysis.prompt import top_experts
     from mxd_lens.analysis.statistics import ExpertStatistics, expert_statistics
@@ -70,10 +71,13 @@ if TYPE_CHECKING:
     from mxd_lens.evals.faithfulness import FaithfulnessReport, evaluate
     from mxd_lens.evals.frontier import frontier
     from mxd_lens.evals.probing.probing import sparse_probing
+    from mxd_lens.evals.replacement import ReplacementReport, evaluate_replacement
     from mxd_lens.evals.stability import stability
     from mxd_lens.hooks.positions import trained_positions
     from mxd_lens.hooks.replace import replacement_hooks
+    from mxd_lens.hooks.replacement_model import ReplacementModel
     from mxd_lens.hooks.steer import ablate, steer
+    from mxd_lens.lens import Lens
     from mxd_lens.models import load_model
     from mxd_lens.pretrained.formats.paper import load_reference_checkpoint
     from mxd_lens.pretrained.hub import push_to_hub
@@ -89,6 +93,7 @@ _MODULES = (
     "models",
     "hooks.positions",
     "hooks.replace",
+    "hooks.replacement_model",
     "hooks.steer",
     "pretrained.hub",
     "pretrained.formats.paper",
@@ -99,6 +104,7 @@ _MODULES = (
     "analysis.statistics",
     "analysis.logit_lens",
     "analysis.card",
+    "analysis.graph",
     "training.activations",
     "training.config",
     "training.runner",
@@ -107,8 +113,10 @@ _MODULES = (
     "evals.frontier",
     "evals.ablation",
     "evals.stability",
+    "evals.replacement",
     "adapters.saelens_metrics",
     "dashboards.render",
+    "lens",
     "evals.probing.probing",
 )
 
@@ -119,6 +127,7 @@ __all__ = [
     "AffineMxDConfig",
     "AffineSkipMxD",
     "AffineSkipMxDConfig",
+    "AttributionGraph",
     "BatchTopKTranscoder",
     "BatchTopKTranscoderConfig",
     "ExpertStatistics",
@@ -128,10 +137,13 @@ __all__ = [
     "JumpReLUTranscoder",
     "JumpReLUTranscoderConfig",
     "LayerCheck",
+    "Lens",
     "MOLTConfig",
     "MxD",
     "MxDConfig",
     "PairedActivationsStore",
+    "ReplacementModel",
+    "ReplacementReport",
     "SkipMxD",
     "SkipMxDConfig",
     "SkipTranscoder",
@@ -166,9 +178,11 @@ __all__ = [
     "TranscoderTrainingRunner",
     "ablate",
     "ablation_study",
+    "attribution_graph",
     "build_dashboard",
     "check_layer",
     "evaluate",
+    "evaluate_replacement",
     "expert_card",
     "expert_statistics",
     "find_experts",

@@ -1,4 +1,4 @@
-"""The main job on the embedded default: train, save, load again, attach, judge, show."""
+"""`mxd-lens demo`: train, save, load, attach and evaluate an MxD on text that every machine has."""
 
 import time
 from pathlib import Path
@@ -8,7 +8,8 @@ import typer
 from datasets import Dataset
 from sae_lens.constants import SAE_CFG_FILENAME
 
-from mxd_lens.architectures.mxd import MxD, TrainingMxDConfig, matched_n_experts
+from mxd_lens.architectures.base import transcoder_parameters
+from mxd_lens.architectures.mxd import MxD, TrainingMxDConfig
 from mxd_lens.artifacts.tables import printable
 from mxd_lens.evals.faithfulness import FaithfulnessReport, evaluate
 from mxd_lens.models import SMOLLM2, load_model
@@ -33,17 +34,17 @@ def run_demo(
     model_name: str = SMOLLM2,
     k: int = 32,
 ) -> FaithfulnessReport:
-    """Trains an MxD of one MLP on text every machine has, and judges what was saved.
+    """Train an MxD of one MLP on text that every machine has, and evaluate what was saved.
 
-    Writes into `output` the layer (a SAELens folder), report.json and index.html.
+    Writes the layer (a SAELens folder), report.json and index.html to `output`.
 
     Args:
-        output: a folder; a finished or interrupted demo in it is gone on with.
-        layer: which MLP.
-        training_tokens: how many tokens the layer is trained on.
-        text_tokens: how many of them are different; the language model sees each once.
-        n_sequences: held-out sequences of 128 tokens to judge on.
-        new_tokens: how many tokens the model continues the prompt with.
+        output: a folder. An interrupted demo in it is resumed; a finished one is evaluated again.
+        layer: the block whose MLP is decomposed.
+        training_tokens: tokens that the layer is trained on.
+        text_tokens: distinct tokens among them; the language model reads each once.
+        n_sequences: held-out sequences of 128 tokens to evaluate on.
+        new_tokens: tokens that the model continues the prompt with.
         model_name: a name for `load_model`.
         k: active experts per token.
 
@@ -56,17 +57,18 @@ def run_demo(
     training_rows, held_out_rows = split_text(load_text(EMBEDDED))
     train = token_sequences(model, training_rows, max(1, text_tokens // 128))
     held_out = token_sequences(model, held_out_rows, n_sequences)
-    typer.echo(f"{model_name}, layer {layer}: {len(train) * 128:,} tokens of the Python documentation.")
+    typer.echo(f"{model_name}, block {layer}: {len(train) * 128:,} tokens of the Python documentation.")
 
     d_model = model.cfg.d_model
     d_hidden = 4 * d_model
+    budget = transcoder_parameters(d_model, d_model, width=16 * d_model)
     batch = min(2048, training_tokens)
     steps = training_tokens // batch
     cfg = TranscoderRunnerConfig(
         sae=TrainingMxDConfig(
             d_in=d_model,
             d_out=d_model,
-            d_sae=matched_n_experts(d_model, d_model, d_hidden, 16 * d_model),
+            d_sae=TrainingMxDConfig.matched_size(budget, d_in=d_model, d_out=d_model, d_hidden=d_hidden),
             d_hidden=d_hidden,
             k=k,
         ),
@@ -104,25 +106,24 @@ def run_demo(
         typer.echo("\n".join([name, *lines, ""]))
     page = write_run_page(
         output / "index.html",
-        f"A Mixture of Decoders of {model_name}, layer {layer}",
+        f"A Mixture of Decoders of {model_name}, block {layer}",
         read_history(output),
         report,
         texts,
         {
             "training": f"{cfg.training_tokens:,} tokens, "
-            f"{min(cfg.training_tokens, len(train) * 128):,} of them different",
-            "experts": f"{mxd.cfg.d_sae:,}, {k} active on a token; d_hidden {mxd.cfg.d_hidden:,}",
-            "time": f"{minutes:.1f} minutes until the layer was saved, "
-            f"{(time.monotonic() - started) / 60:.1f} in all",
-            "load it": f'MxD.from_pretrained("{output}")',
+            f"{min(cfg.training_tokens, len(train) * 128):,} of them distinct",
+            "experts": f"{mxd.cfg.d_sae:,}, {k} active per token; d_hidden {mxd.cfg.d_hidden:,}",
+            "time": f"{minutes:.1f} minutes to train, {(time.monotonic() - started) / 60:.1f} in all",
+            "to load it": f'MxD.from_pretrained("{output}")',
         },
     )
-    typer.echo(f"{(time.monotonic() - started) / 60:.1f} minutes. The layer: {output}. The page: {page}")
+    typer.echo(f"Done in {(time.monotonic() - started) / 60:.1f} minutes. Layer: {output}. Page: {page}")
     return report
 
 
 def continuations(model: Any, sae: MxD, prompt: str, new_tokens: int) -> dict[str, str]:
-    """What the model writes after `prompt`, by itself and with the layer in its MLP's place."""
+    """Return the model's continuations of `prompt`: unmodified, and with the layer attached."""
 
     def generate() -> str:
         return model.generate(prompt, max_new_tokens=new_tokens, do_sample=False, verbose=False)

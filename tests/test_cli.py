@@ -525,6 +525,7 @@ def test_pretrained_as_json():
     assert "smollm2-135m-mxd" in [layer["release"] for layer in known]
 
 
+@pytest.mark.slow
 def test_demo(tiny_folder, tmp_path):
     def demo(layer: int = 1):
         return run_demo(
@@ -554,3 +555,15 @@ def test_demo(tiny_folder, tmp_path):
     assert demo().normalized_mse == report.normalized_mse  # nothing is trained again
     with pytest.raises(ValueError, match="hook_name"):
         demo(layer=2)
+
+
+def test_a_dry_run_of_a_preset_loads_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("mxd_lens.cli.sweeps.load_language_model", None)
+    options = ["--preset", "paper-gpt2", "--k", "8,32", "--dry-run", "--json", tmp_path / "plan.json"]
+    result = run("frontier", tmp_path / "sweep", *options)
+    assert "480 M" in result.output or "479,997,952" in result.output
+    known = json.loads((tmp_path / "plan.json").read_text())
+    assert known["ks"] == [8, 32]  # said beside the preset
+    assert known["layers"] == [8]
+    assert {a["lr"] for a in known["architectures"]} == {4e-4}
+    assert not (tmp_path / "sweep").exists()

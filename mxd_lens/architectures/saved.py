@@ -130,6 +130,7 @@ def locate(
     Raises:
         FileNotFoundError, PermissionError, ConnectionError: as `download_layer`.
     """
+    check_revision(revision)
     folder = Path(release).expanduser() / (sae_id or "")
     if all((folder / name).is_file() for name in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME)):
         config = read_json(folder / SAE_CFG_FILENAME)
@@ -163,6 +164,18 @@ def check_sae_id(sae_id: str) -> None:
         )
 
 
+def check_revision(revision: str | None) -> None:
+    """Raises ValueError where `revision` cannot be a branch, tag or commit: it becomes part of a path."""
+    if revision is not None and (
+        not re.fullmatch(r"[A-Za-z0-9_][\w./-]{0,199}", revision, re.ASCII)
+        or any(part in ("", ".", "..") for part in revision.split("/"))
+    ):
+        raise ValueError(
+            f"revision must be the name of a branch, a tag or a commit, such as 'main', got "
+            f"{reprlib.repr(revision)}."
+        )
+
+
 def layers_among(paths: list[str]) -> list[str]:
     """The sae_ids of the layers in a repository that holds the files `paths`."""
     folders = {str(PurePosixPath(path).parent) for path in paths if path.endswith(f"/{SAE_CFG_FILENAME}")}
@@ -178,9 +191,10 @@ def download_layer(
         FileNotFoundError: there is no such repository, revision, or layer in it; its layers are named.
         PermissionError: the token may not read it.
         ConnectionError: the hub cannot be reached, or HF_HUB_OFFLINE is set, and it is not in the cache.
-        ValueError: `repo_id` or `sae_id` cannot be a name.
+        ValueError: `repo_id`, `sae_id` or `revision` cannot be a name.
     """
     check_sae_id(sae_id)
+    check_revision(revision)
     with hub_errors(repo_id):
         try:
             config = hf_hub_download(

@@ -16,7 +16,7 @@ from mxd_lens.cli.config_fields import package_file
 from mxd_lens.cli.options import best_device, checked
 
 BUNDLED = Path(mxd_lens.__file__).parent / "pretrained" / "weights"
-SMOLLM2_SHAPE = {"num_hidden_layers": 30}
+SMOLLM2_SHAPE = {"num_hidden_layers": 30, "hidden_size": 576}
 CONFIG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
 FOREIGN = (".safetensors", ".npz", ".pt", ".pkl", ".gz")
@@ -174,6 +174,15 @@ def check_expert(source: LayerSource, experts: Sequence[int], option: str) -> No
 
 def n_blocks_of(model: str) -> int | None:
     """The blocks of a language model, if a folder on this machine says so."""
+    return _number_in_config(model, "num_hidden_layers", "n_layer", "num_layers")
+
+
+def width_of(model: str) -> int | None:
+    """The width of a language model's residual stream, if a folder on this machine says so."""
+    return _number_in_config(model, "hidden_size", "n_embd", "d_model")
+
+
+def _number_in_config(model: str, *names: str) -> int | None:
     config = SMOLLM2_SHAPE if model == "smollm2-135m-instruct" else {}
     file = Path(model).expanduser() / "config.json"
     if file.is_file():
@@ -181,7 +190,6 @@ def n_blocks_of(model: str) -> int | None:
             config = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-    names = ("num_hidden_layers", "n_layer", "num_layers")
     return next((int(config[name]) for name in names if name in config), None)
 
 

@@ -1,12 +1,12 @@
 """The commands that train and evaluate in one: frontier and demo."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from mxd_lens.cli.application import command, show
-from mxd_lens.cli.loading import load_language_model, n_blocks_of
+from mxd_lens.cli.loading import load_language_model, n_blocks_of, width_of
 from mxd_lens.cli.options import (
     Bridge,
     Device,
@@ -19,12 +19,15 @@ from mxd_lens.cli.options import (
     is_folder_to_write,
     is_list_of_integers,
     is_text,
+    one_of,
     output_folder,
 )
+from mxd_lens.evals.recipes import PRESETS, RECIPES
 
 
 @command
 def frontier(
+    context: typer.Context,
     output: Annotated[
         Path,
         typer.Argument(
@@ -68,11 +71,44 @@ def frontier(
     bf16: Annotated[
         bool, typer.Option("--bf16", help="Train with bfloat16 products, weights in float32.")
     ] = False,
+    recipe: Annotated[
+        str,
+        typer.Option(help="Learning rate and schedule: tuned, or paper.", callback=checked(one_of(*RECIPES))),
+    ] = "tuned",
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="A run of the paper, as paper-gpt2: its model, block, K, sizes, text, tokens and recipe, "
+            "where no other option says otherwise.",
+            callback=checked(one_of(*PRESETS)),
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be trained, and load nothing.")
+    ] = False,
     bridge: Bridge = False,
     device: Device = "auto",
     json: Json = None,
 ) -> None:
     """Train and evaluate every architecture at every K."""
+    d_model = width_of(model)
+    if preset is not None:
+        run = PRESETS[preset]
+
+        def chosen(name: str, given: Any, preset: Any) -> Any:
+            source = context.get_parameter_source(name)
+            return given if source is not None and source.name == "COMMANDLINE" else preset
+
+        d_model = chosen("model", d_model, run.d_model)
+        model = chosen("model", model, run.model)
+        layers = chosen("layers", layers, str(run.layer))
+        k = chosen("k", k, ",".join(map(str, run.ks)))
+        text = chosen("text", text, run.text)
+        tokens = chosen("tokens", tokens, run.tokens)
+        batch = chosen("batch", batch, run.batch)
+        match_width = chosen("match_width", match_width, run.transcoder_width)
+        hidden = chosen("hidden", hidden, run.d_hidden)
+        recipe = chosen("recipe", recipe, run.recipe)
     if tokens < batch:
         raise typer.BadParameter(
             f"{tokens:,} tokens are less than one batch of {batch:,}.", param_hint="--tokens"
@@ -89,7 +125,7 @@ def frontier(
     from datasets import Dataset
 
     from mxd_lens import frontier
-    from mxd_lens.evals.frontier import CONTENDERS
+    from mxd_lens.evals.frontier import CONTENDERS, Size, plan
     from mxd_lens.reports.frontier import write_frontier_page, write_frontier_png
     from mxd_lens.text import load_text, split_text, token_sequences
 
@@ -99,6 +135,17 @@ def frontier(
             f"there is no architecture {', '.join(sorted(unknown))!r}. Choose from {', '.join(CONTENDERS)}.",
             param_hint="--architectures",
         )
+    contenders = {name: CONTENDERS[name] for name in names}
+    if dry_run:
+        if d_model is None:
+            raise typer.BadParameter(
+                f"the width of {model} is not known without its config.json. Give a folder or a preset.",
+                param_hint="--model",
+            )
+        size = Size(d_model, d_model, hidden or 4 * d_model, match_width or 8 * d_model)
+        planned = plan(size, blocks, integers(k), integers(seeds), tokens, batch, RECIPES[recipe], contenders)
+        show(planned, json, f"Model {model}, text {text}. Nothing was trained.")
+        return
     language_model = load_language_model(model, device, bridge)
     train, rest = split_text(load_text(text, streaming=False))
     held_out = {text: token_sequences(language_model, rest, sequences)}
@@ -115,7 +162,7 @@ def frontier(
         output,
         layers=blocks,
         ks=integers(k),
-        contenders={name: CONTENDERS[name] for name in names},
+        contenders=contenders,
         seeds=integers(seeds),
         transcoder_width=match_width or None,
         d_hidden=hidden or None,
@@ -123,6 +170,7 @@ def frontier(
         batch=batch,
         layers_at_once=at_once,
         text_name=text,
+        recipe=RECIPES[recipe],
         run_settings={"device": best_device(device), "autocast": bf16},
     )
     page = write_frontier_page(output / "index.html", result)

@@ -19,21 +19,16 @@ from jaxtyping import Int
 from sae_lens import SAE, TopKTrainingSAEConfig, logger
 from sae_lens.config import HfDataset
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
-from sae_lens.saes.sae import TrainingSAEConfig
+from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mxd_lens.architectures import (
-    TrainingMxDConfig,
-    TrainingSkipMxDConfig,
-    TrainingTopKSkipTranscoderConfig,
-    TrainingTopKTranscoderConfig,
-    matched_n_experts,
-    matched_n_features,
-)
+from mxd_lens.architectures import ARCHITECTURES
+from mxd_lens.architectures.base import transcoder_parameters
 from mxd_lens.artifacts.files import write_json
 from mxd_lens.artifacts.tables import Cell, Table, Tabular
 from mxd_lens.evals.faithfulness import FaithfulnessReport, evaluate_all
+from mxd_lens.evals.recipes import RECIPES, Recipe
 from mxd_lens.training.checkpoints import complete_checkpoints
 from mxd_lens.training.multi_runner import MultiTranscoderTrainingRunner
 from mxd_lens.training.runner import TranscoderRunnerConfig, read_json, then_and_now
@@ -63,32 +58,28 @@ class Contender:
     """Its name in tables and figures."""
     config: Callable[[Size, int], TrainingSAEConfig]
     """Its configuration, of a matched size, at a given k."""
-    lr: float
-    """The learning rate that suits it."""
+    lr: float | None = None
+    """Its learning rate; None: the recipe's."""
     reads: str = "input"
     """"input": trained from the MLP's input to its output; "output": an SAE on the output."""
 
 
-def _mxd(size: Size, k: int) -> TrainingSAEConfig:
-    n = matched_n_experts(size.d_in, size.d_out, size.d_hidden, size.transcoder_width)
-    return TrainingMxDConfig(d_in=size.d_in, d_out=size.d_out, d_sae=n, d_hidden=size.d_hidden, k=k)
+def matched(architecture: str, **settings: Callable[[Size], Any]) -> Callable[[Size, int], TrainingSAEConfig]:
+    """The configurations of an architecture with at most the plain transcoder's parameters.
 
+    Args:
+        architecture: its name.
+        settings: the configuration's further fields, from the size.
+    """
 
-def _skip_mxd(size: Size, k: int) -> TrainingSAEConfig:
-    d_in, d_out, d_hidden = size.d_in, size.d_out, size.d_hidden // 2
-    n = matched_n_experts(d_in, d_out, d_hidden, size.transcoder_width, gated=True, skip=True)
-    return TrainingSkipMxDConfig(
-        d_in=d_in, d_out=d_out, d_sae=n, d_hidden=d_hidden, hidden_activation="silu", gated=True, k=k
-    )
+    def config(size: Size, k: int) -> TrainingSAEConfig:
+        widths = {"d_in": size.d_in, "d_out": size.d_out}
+        widths |= {name: value(size) for name, value in settings.items()}
+        budget = transcoder_parameters(size.d_in, size.d_out, size.transcoder_width)
+        n = ARCHITECTURES[architecture].config.matched_size(budget, **widths)
+        return ARCHITECTURES[architecture].training_config(d_sae=n, k=k, **widths)
 
-
-def _transcoder(size: Size, k: int) -> TrainingSAEConfig:
-    return TrainingTopKTranscoderConfig(d_in=size.d_in, d_out=size.d_out, d_sae=size.transcoder_width, k=k)
-
-
-def _skip_transcoder(size: Size, k: int) -> TrainingSAEConfig:
-    n = matched_n_features(size.d_in, size.d_out, size.transcoder_width)
-    return TrainingTopKSkipTranscoderConfig(d_in=size.d_in, d_out=size.d_out, d_sae=n, k=k)
+    return config
 
 
 def _sae(size: Size, k: int) -> TrainingSAEConfig:
@@ -97,11 +88,28 @@ def _sae(size: Size, k: int) -> TrainingSAEConfig:
 
 
 CONTENDERS: Mapping[str, Contender] = {
-    "mxd": Contender("MxD", _mxd, lr=4e-3),
-    "skip_mxd": Contender("MxD with a skip connection", _skip_mxd, lr=4e-3),
-    "topk_transcoder": Contender("TopK transcoder", _transcoder, lr=4e-3),
-    "topk_skip_transcoder": Contender("TopK skip transcoder", _skip_transcoder, lr=4e-3),
-    "topk_sae": Contender("TopK SAE on the output", _sae, lr=4e-3, reads="output"),
+    "mxd": Contender("MxD", matched("mxd", d_hidden=lambda size: size.d_hidden)),
+    "skip_mxd": Contender(
+        "MxD with a skip connection",
+        matched(
+            "skip_mxd",
+            d_hidden=lambda size: size.d_hidden // 2,
+            hidden_activation=lambda _: "silu",
+            gated=lambda _: True,
+        ),
+    ),
+    # An eighth of the transcoder's width, the paper's proportion: a wider branch leaves its experts less.
+    "affine_skip_mxd": Contender(
+        "MxD with affine experts and a skip connection",
+        matched(
+            "affine_skip_mxd",
+            d_hidden=lambda size: max(1, min(size.d_hidden, size.transcoder_width // 8)),
+        ),
+    ),
+    "molt": Contender("MOLT", matched("molt", rank=lambda size: max(1, size.d_in // 36))),
+    "topk_transcoder": Contender("TopK transcoder", matched("topk_transcoder")),
+    "topk_skip_transcoder": Contender("TopK skip transcoder", matched("topk_skip_transcoder")),
+    "topk_sae": Contender("TopK SAE on the output", _sae, reads="output"),
 }
 """The architectures that `frontier` compares, by name."""
 
@@ -208,6 +216,65 @@ class Frontier(Tabular):
         return tables
 
 
+@dataclass(frozen=True, repr=False)
+class Plan(Tabular):
+    """What `frontier` would train."""
+
+    layers: Sequence[int]
+    ks: Sequence[int]
+    seeds: Sequence[int]
+    steps: int
+    batch: int
+    recipe: str
+    architectures: list[dict[str, Any]]
+    """Of each: label, d_sae, n_parameters, lr and n_layers, the layers trained."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def tables(self) -> list[Table]:
+        """A row for each architecture."""
+        title = (
+            f"Blocks {', '.join(map(str, self.layers))}; K {', '.join(map(str, self.ks))}; seeds "
+            f"{', '.join(map(str, self.seeds))}; {self.steps:,} steps of {self.batch:,} tokens, "
+            f"{self.steps * self.batch:,} in all; recipe {self.recipe}"
+        )
+        rows: list[list[Cell]] = [
+            [a["label"], f"{a['d_sae']:,}", f"{a['n_parameters']:,}", f"{a['lr']:.2g}", a["n_layers"]]
+            for a in self.architectures
+        ]
+        return [Table(["", "units", "parameters", "learning rate", "layers"], rows, title)]
+
+
+def plan(
+    size: Size,
+    layers: Sequence[int],
+    ks: Sequence[int],
+    seeds: Sequence[int],
+    training_tokens: int,
+    batch: int,
+    recipe: Recipe,
+    contenders: Mapping[str, Contender] = CONTENDERS,
+) -> Plan:
+    """What `frontier` would train; no language model and no weights are made."""
+    architectures = []
+    for contender in contenders.values():
+        config = contender.config(size, min(ks))
+        with torch.device("meta"):
+            layer = TrainingSAE.from_dict({**config.to_dict(), "device": "meta"})
+        architectures.append(
+            {
+                "label": contender.label,
+                "d_sae": config.d_sae,
+                "n_parameters": sum(p.numel() for p in layer.parameters()),
+                "lr": contender.lr or recipe.learning_rate(size.transcoder_width),
+                "n_layers": len(layers) * len(ks) * len(seeds),
+            }
+        )
+    return Plan(layers, ks, seeds, training_tokens // batch, batch, recipe.name, architectures)
+
+
 def frontier(
     model: Any,
     text: HfDataset,
@@ -224,6 +291,7 @@ def frontier(
     batch: int = 2048,
     layers_at_once: int = 32,
     text_name: str = "",
+    recipe: Recipe = RECIPES["tuned"],
     run_settings: Mapping[str, Any] | None = None,
 ) -> Frontier:
     """Trains every contender at every K on every layer, and judges them.
@@ -250,6 +318,7 @@ def frontier(
         batch: tokens in a step.
         layers_at_once: how many are in memory together; each takes four times its weights.
         text_name: what the reports call the training text.
+        recipe: learning rate, its schedule, and whether activations are standardised; see `RECIPES`.
         run_settings: further fields of `TranscoderRunnerConfig`, for all.
 
     Raises:
@@ -277,9 +346,7 @@ def frontier(
         "training_tokens": steps * batch,
         "train_batch_size_tokens": batch,
         "n_batches_in_buffer": 512,
-        "lr_warm_up_steps": steps // 20,
-        "lr_decay_steps": steps // 2,
-        "standardize_activations": True,
+        **recipe.settings(steps, size.transcoder_width),
         "use_cached_activations": True,
         "cached_activations_path": str(output / "activations" / cached),
         "n_checkpoints": 4,
@@ -349,7 +416,7 @@ def _run_config(
         hook_name_out=hook_out,
         output_path=str(output / "trained" / point.name),
         seed=point.seed,
-        **{"lr": contender.lr, **shared},
+        **{**shared, "lr": contender.lr or shared["lr"]},
     )
 
 
@@ -364,7 +431,7 @@ def _settings(
         "text": shared["dataset_path"],
         **asdict(size),
         "held_out": {name: list(tokens.shape) for name, tokens in held_out.items()},
-        "lr": {name: shared.get("lr", contender.lr) for name, contender in contenders.items()},
+        "lr": {name: contender.lr or shared["lr"] for name, contender in contenders.items()},
         "labels": {name: contender.label for name, contender in contenders.items()},
         "versions": {
             package: version(package)

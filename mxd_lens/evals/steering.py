@@ -11,6 +11,7 @@ import torch
 from sae_lens import SAE
 from torch.nn import functional as F
 
+from mxd_lens.artifacts.files import write_json
 from mxd_lens.artifacts.tables import Tabular
 from mxd_lens.hooks.site import hook_names
 from mxd_lens.hooks.steer import Mode, steer
@@ -64,7 +65,7 @@ class Sampling:
         return [ids[: ids.index(end)] if end in ids else ids for ids in written]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SteeredSamples(Tabular):
     """What `steered_samples` gives: the same model's continuations, with an expert steered and without."""
 
@@ -87,8 +88,8 @@ class SteeredSamples(Tabular):
         return asdict(self)
 
     def save(self, path: str | Path) -> None:
-        """Writes the samples as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        """Write the samples as JSON, atomically."""
+        write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> "SteeredSamples":

@@ -20,11 +20,11 @@ from tqdm.auto import tqdm
 from mxd_lens.analysis.decomposition import ENTRIES, decompose
 from mxd_lens.architectures.base import expert_ids
 from mxd_lens.artifacts.files import write_json
+from mxd_lens.artifacts.identity import RunIdentity, differences, layer_identity
 from mxd_lens.artifacts.tables import Cell, Tabular
 from mxd_lens.evals.judges import Judge, LocalJudge
 from mxd_lens.evals.steering import Sampling, compare, measure, perplexity, written
 from mxd_lens.hooks.steer import Mode
-from mxd_lens.training.runner import then_and_now
 
 SCORES_FILENAME = "steering_scores.json"
 
@@ -58,7 +58,7 @@ class SteeringScores(Tabular):
     """What `steering_scores` measured."""
 
     settings: dict[str, Any]
-    """The model, the judge, how texts were steered and sampled, and which layers."""
+    """The model, the judge, how texts were steered and sampled, which layers, and the identity of the run."""
     scores: list[SteeringScore]
 
     def save(self, path: str | Path) -> None:
@@ -141,6 +141,15 @@ def steering_scores(
             f"coefficient {by_layer[name]:g}"
             for name, sae in layers.items()
         },
+        "identity": RunIdentity.of(
+            model=model,
+            judge=judge.name,
+            mode=mode,
+            sampling=asdict(sampling),
+            steered={
+                name: layer_identity(sae) | {"coefficient": by_layer[name]} for name, sae in layers.items()
+            },
+        ).to_dict(),
     }
     path = Path(output) / SCORES_FILENAME
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -220,14 +229,15 @@ def _chosen(name: str, sae: SAE[Any], experts: int | Mapping[str, Sequence[int]]
 
 def _resumed(path: Path, settings: Mapping[str, Any]) -> SteeringScores:
     known = SteeringScores.load(path)
-    changed = then_and_now(known.settings, settings, [name for name in settings if name != "layers"])
-    known_layers = known.settings["layers"]
-    changed += [
-        f"{name}: {known_layers[name]} then, {what} now"
-        for name, what in settings["layers"].items()
-        if known_layers.get(name, what) != what
-    ]
+    then, now = known.settings.get("identity", {}), settings["identity"]
+    # Layers may be added to a file, and others may be left out.
+    layers = {name: of for name, of in then.get("steered", {}).items() if name in now["steered"]}
+    again = {name: of for name, of in now["steered"].items() if name in layers}
+    changed = differences({**then, "steered": layers}, {**now, "steered": again})
     if changed:
-        raise ValueError(f"{path} holds other scores. {'; '.join(changed)}. Name another folder.")
-    known.settings["layers"] = known_layers | settings["layers"]
+        raise ValueError(
+            f"{path} holds the scores of another run ({'; '.join(changed)}). Choose another folder."
+        )
+    known.settings["layers"] = known.settings["layers"] | settings["layers"]
+    known.settings["identity"] = {**now, "steered": then["steered"] | now["steered"]}
     return known

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 
 from mxd_lens.architectures.base import PairedTranscoder
-from mxd_lens.architectures.saved import check_sae_id, hub_errors, layers_among, read_json
+from mxd_lens.architectures.saved import check_revision, check_sae_id, hub_errors, layers_among, read_json
 from mxd_lens.models import hub_name
 from mxd_lens.pretrained.machine_paths import without_machine_paths
 from mxd_lens.pretrained.model_card import (
@@ -118,6 +118,7 @@ def push_to_hub(
         layers, reports = {sae_id: layers}, {sae_id: reports or {}}
     if not layers:
         raise ValueError("There are no layers to publish.")
+    check_revision(revision)
     for name in layers:
         check_sae_id(name)
         if OWN_FILES.fullmatch(PurePosixPath(name).name):

@@ -9,7 +9,6 @@ looks releases up in a directory of its own; here its directory gets ours as wel
 are the same layer. The bundled releases need no network.
 """
 
-import json
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mxd_lens.architectures.saved import read_folder, read_json
 from mxd_lens.artifacts.tables import Table, Tabular
 
 BUNDLED = Path(__file__).parent / "weights"
@@ -51,7 +51,7 @@ class PretrainedLayer:
     k: int | None = None
     n_parameters: int | None = None
     report: Mapping[str, Any] | None = None
-    """The `FaithfulnessReport` that lies beside the weights, as a dictionary."""
+    """The numbers of the `FaithfulnessReport` that lies beside the weights."""
 
 
 class PretrainedLayers(Tabular, list[PretrainedLayer]):
@@ -106,7 +106,7 @@ class Release:
         """As SAELens' directory has it."""
         layers = self.layers()
         reports = {layer.sae_id: layer.report or {} for layer in layers}
-        models = {layer.model_name or "" for layer in layers}
+        models = {layer.model_name for layer in layers if layer.model_name}
         return PretrainedSAELookup(
             release=self.name,
             repo_id=str(self.source),
@@ -114,7 +114,7 @@ class Release:
             conversion_func=LOADER if self.is_local else None,
             saes_map=dict(self.paths),
             expected_var_explained={
-                sae_id: 1 - report["fraction_of_variance_unexplained"] if report else 1.0
+                sae_id: 1 - report.get("fraction_of_variance_unexplained", 0.0)
                 for sae_id, report in reports.items()
             },
             expected_l0={sae_id: report.get("l0", 0.0) for sae_id, report in reports.items()},
@@ -225,27 +225,44 @@ def _describe(release: str, sae_id: str, source: str, folder: Path) -> Pretraine
     try:
         return PretrainedLayer(release, sae_id, source, **_contents(folder))
     except (OSError, ValueError, KeyError, AttributeError, TypeError, SafetensorError) as e:
-        logger.warning("%s is no layer that can be read (%s: %s).", folder, type(e).__name__, e)
+        logger.warning("%s is not a layer that can be read (%s: %s).", folder, type(e).__name__, e)
         return PretrainedLayer(release, sae_id, source)
 
 
 def _contents(folder: Path) -> dict[str, Any]:
-    cfg = json.loads((folder / SAE_CFG_FILENAME).read_text(encoding="utf-8"))
+    cfg = read_json(folder / SAE_CFG_FILENAME)
     metadata = cfg.get("metadata", {})
-    # A layer judged on several texts has a report for each.
+    names = {name: metadata.get(name) for name in ("model_name", "hook_name", "hook_name_out")}
+    if not all(isinstance(name, str | None) for name in [*names.values(), cfg["architecture"]]):
+        raise ValueError(f"{folder / SAE_CFG_FILENAME} has a name that is not text")
+    if not all(isinstance(n, int | None) for n in (cfg["d_sae"], cfg.get("k"))):
+        raise ValueError(f"{folder / SAE_CFG_FILENAME} has a size that is not a whole number")
+    # A layer evaluated on several texts has a report for each.
     reports = [folder / REPORT_FILENAME, *sorted(folder.glob("report-*.json"))]
     report = next((path for path in reports if path.is_file()), None)
     with safe_open(folder / SAE_WEIGHTS_FILENAME, framework="pt") as weights:
         shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118
     return {
         "architecture": cfg["architecture"],
-        "model_name": metadata.get("model_name"),
-        "hook_name": metadata.get("hook_name"),
-        "hook_name_out": metadata.get("hook_name_out"),
+        **names,
         "d_sae": cfg["d_sae"],
         "k": cfg.get("k"),
         "n_parameters": sum(torch.Size(shape).numel() for shape in shapes),
-        "report": json.loads(report.read_text(encoding="utf-8")) if report else None,
+        "report": _numbers(report) if report else None,
+    }
+
+
+def _numbers(report: Path) -> dict[str, float] | None:
+    """The numbers in a report; None, with a warning, where it is damaged: the layer is still one."""
+    try:
+        content = read_json(report, "a report")
+    except ValueError as e:
+        logger.warning("%s The layer is listed without it.", e)
+        return None
+    return {
+        name: value
+        for name, value in content.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
     }
 
 
@@ -269,9 +286,8 @@ def config_from_folder(
     cfg_overrides: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The configuration of a layer in a release that is a folder, as SAELens' config getters."""
-    return pretrained_sae_loaders.get_sae_lens_config_from_disk(
-        Path(repo_id) / folder_name, device, cfg_overrides
-    )
+    config = read_json(Path(repo_id) / folder_name / SAE_CFG_FILENAME)
+    return config | ({"device": device} if device else {}) | (cfg_overrides or {})
 
 
 def load_from_folder(
@@ -283,7 +299,7 @@ def load_from_folder(
 ) -> tuple[dict[str, Any], dict[str, Tensor], Tensor | None]:
     """A layer in a release that is a folder, as SAELens' loaders: config, weights, log sparsity."""
     folder = Path(repo_id) / folder_name
-    cfg, weights = pretrained_sae_loaders.sae_lens_disk_loader(folder, device, cfg_overrides)
+    cfg, weights = read_folder(folder, device, cfg_overrides)
     sparsity = folder / SPARSITY_FILENAME
     log_sparsity = load_file(sparsity, device=device)["sparsity"] if sparsity.is_file() else None
     return cfg, weights, log_sparsity

@@ -6,6 +6,7 @@ import threading
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from typing_extensions import override
 
-from mxd_lens.architectures.training import TrainingPairedTranscoder
+from mxd_lens.architectures.training import SHORTEST, TrainingPairedTranscoder
 from mxd_lens.training.activations import PairedActivationsStore
 from mxd_lens.training.checkpoints import atomic_checkpoint, complete_checkpoints
 from mxd_lens.training.divergence import Divergence, TrainingDiverged
@@ -146,7 +147,7 @@ class TranscoderTrainer(TrainingLoop, SAETrainer[Any, Any]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.history: list[dict[str, float]] = []
-        """One entry per logged step: step, tokens, loss, normalized_mse, relative_error, l0, dead, lr."""
+        """One entry per logged step: see `record`; and step, tokens, loss, l0, dead and lr."""
         self.stop = StopRequest()
         self.reserve = sum(p.numel() * p.element_size() for p in self.sae.parameters()) + 2**20
         self.optimizer.register_step_pre_hook(self._check_gradient)
@@ -196,6 +197,7 @@ class TranscoderTrainer(TrainingLoop, SAETrainer[Any, Any]):
         self._lr = self.optimizer.param_groups[0]["lr"]
         try:
             check_activations(batch)
+            self._last_batch = batch
             return super().step(batch)
         except FloatingPointError as e:
             raise FloatingPointError(
@@ -259,6 +261,17 @@ class TranscoderTrainer(TrainingLoop, SAETrainer[Any, Any]):
         self._has_diverged = has_diverged
 
     _has_diverged = False
+    _last_batch: Tensor | None = None
+
+    @torch.no_grad()
+    def final_error(self) -> float | None:
+        """The finished layer's relative error on the last batch: the last step is in no training curve."""
+        if self._last_batch is None:
+            return None
+        batch = self._last_batch.to(self.sae.device, self.sae.dtype)
+        x, y = batch[:, : self.sae.cfg.d_in], batch[:, -getattr(self.sae.cfg, "d_out", self.sae.cfg.d_in) :]
+        squared_error = (self.sae(x) - y).double().pow(2).sum()
+        return float(squared_error / y.double().pow(2).sum().clamp_min(1e-30))
 
     @override
     def set_final_sae_metadata(self) -> None:
@@ -267,6 +280,9 @@ class TranscoderTrainer(TrainingLoop, SAETrainer[Any, Any]):
         verdict = self.divergence
         if verdict is None:
             return
+        final = self.final_error()
+        if final is not None and not final <= 2 * Divergence.FACTOR * verdict.best:
+            verdict = replace(verdict, last=final)  # it broke in the last step
         for name, value in verdict.to_dict().items():
             self.sae.cfg.metadata[name] = value
         if verdict.has_diverged:
@@ -296,8 +312,8 @@ class TranscoderTrainer(TrainingLoop, SAETrainer[Any, Any]):
     def record(self, step_output: TrainStepOutput) -> dict[str, float] | None:
         """Adds the step just made to `history` if it is one of those that are kept; returns its entry.
 
-        normalized_mse is the mean over tokens of ||error||^2 / ||y||^2, relative_error the ratio of the sums.
-        Targets shorter than a hundredth of the mean count as that long.
+        normalized_mse is the mean over tokens of ||error||^2 / ||y||^2, relative_error the ratio of the sums;
+        left_out counts targets of (nearly) zero, which neither the loss nor normalized_mse contains.
         """
         every = max(1, self.cfg.total_training_steps // POINTS_IN_HISTORY)
         if self.n_training_steps % every and self.n_training_samples < self.cfg.total_training_samples:
@@ -306,17 +322,19 @@ class TranscoderTrainer(TrainingLoop, SAETrainer[Any, Any]):
         precise = torch.promote_types(target.dtype, torch.float32)
         squared_error = (step_output.sae_out - target).to(precise).pow(2).sum(-1)
         norm = target.to(precise).norm(dim=-1)
-        norm = norm.clamp_min(0.01 * norm.mean()).clamp_min(1e-6)
+        counts = (norm > SHORTEST * norm.mean()) & (norm > 0)
+        relative = (squared_error / norm.pow(2))[counts]
         fired = (a._values() if a.is_sparse else a) > 0
         self.history.append(
             {
                 "step": self.n_training_steps,
                 "tokens": self.n_training_samples,
                 "loss": float(step_output.loss),
-                "normalized_mse": float((squared_error / norm.pow(2)).mean()),
-                "relative_error": float(squared_error.sum() / norm.pow(2).sum()),
+                "normalized_mse": float(relative.mean()) if len(relative) else 0.0,
+                "relative_error": float(squared_error.sum() / norm.pow(2).sum().clamp_min(1e-30)),
                 "l0": float(fired.sum() / len(target)),
                 "dead": int(self.dead_neurons.sum()),
+                "left_out": int((~counts).sum()),
                 "lr": self._lr,
             }
         )

@@ -70,10 +70,13 @@ def test_sizes_are_matched(sweep) -> None:
     counts = {point.architecture: point.n_parameters for point in result.points}
     transcoder = counts["topk_transcoder"]
     assert transcoder == 60 * (2 * D_MODEL + 1) + D_MODEL
-    assert all(transcoder - 2 * D_MODEL - 1 < count <= transcoder for count in counts.values()), counts
+    # An affine expert costs most: 3 * D_MODEL + 1, and MOLT's transform of rank 1 3 * D_MODEL + 2.
+    assert all(transcoder - 3 * D_MODEL - 2 < count <= transcoder for count in counts.values()), counts
     assert {point.architecture: point.d_sae for point in result.points} == {
         "mxd": matched_n_experts(D_MODEL, D_MODEL, 16, 60),
         "skip_mxd": matched_n_experts(D_MODEL, D_MODEL, 8, 60, gated=True, skip=True),
+        "affine_skip_mxd": (60 * 33 - 7 * 33 - 16 * 16) // 49,
+        "molt": 60 * 33 // 50,
         "topk_transcoder": 60,
         "topk_skip_transcoder": matched_n_features(D_MODEL, D_MODEL, 60),
         "topk_sae": 60,

@@ -8,9 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from attached import MODELS, random_mxd
+from chat_stand_in import ChatStandIn
 from conftest import D_MODEL
 from rich.console import Console
-from test_attach import MODELS, random_mxd
 
 from mxd_lens import TopKTranscoder, TopKTranscoderConfig, load_model, replacement_hooks
 from mxd_lens.evals.judges import EndpointJudge, Judgement, LocalJudge, parse_judgement, token_agreement
@@ -262,10 +263,63 @@ def test_what_does_not_pass_is_said(endpoint):
     with pytest.raises(ConnectionError, match="answered 500"):
         judge_at(endpoint, attempts=2)(samples, MEASURED)
     endpoint.answers = [("slow", GOOD)]
-    with pytest.raises(ConnectionError, match=r"no answer at attempt 2 of 2, waiting 0\.1 s.*timed out"):
+    with pytest.raises(ConnectionError, match=r"no answer at attempt 2 of 2 within 0\.1 s.*[Tt]imeout"):
         judge_at(endpoint, attempts=2, timeout=0.1)(samples, MEASURED)
     with pytest.raises(ValueError, match="attempts must be at least 1"):
         judge_at(endpoint, attempts=0)(samples, MEASURED)
+
+
+def test_the_key_goes_to_no_other_host(endpoint):
+    with ChatStandIn() as elsewhere:
+        elsewhere.answers = [(200, GOOD)]
+
+        def redirect(handler) -> None:
+            handler.send_response(307)
+            handler.send_header("Location", elsewhere.url + "/chat/completions")
+            handler.end_headers()
+
+        endpoint.answers = [(307, redirect)]
+        with pytest.raises(ConnectionError, match=f"redirects to '{elsewhere.url}"):
+            judge_at(endpoint)(of_ids([[4]], [[5]]), MEASURED)
+        assert len(endpoint.asked) == 1
+        assert elsewhere.asked == []
+
+
+def truncated(handler) -> None:
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    handler.wfile.write(b'{"choices": [')
+    handler.close_connection = True
+
+
+def dripping(handler) -> None:
+    handler.send_response(200)
+    handler.send_header("Content-Length", "100000")
+    handler.end_headers()
+    for _ in range(100):
+        handler.wfile.write(b" ")
+        handler.wfile.flush()
+        if handler.server.released.wait(0.05):
+            break
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        (truncated, ConnectionError, "no answer at attempt 1 of 1"),
+        (dripping, ConnectionError, r"within 0\.5 s"),
+        (b"x" * 2_000_000, ValueError, "more than 1,000,000 bytes"),
+        (b"[" * 200_000, ValueError, "does not answer as a chat endpoint does"),
+        (b'{"choices": [{"message": {"content": 7}}]}', ValueError, "does not answer as a chat endpoint"),
+    ],
+)
+def test_an_answer_that_is_cut_endless_too_long_or_too_deep(endpoint, content, error, message):
+    endpoint.answers = [(200, content), (200, content)]
+    with pytest.raises(error, match=message):
+        judge_at(endpoint, attempts=1, timeout=0.5)(of_ids([[4]], [[5]]), MEASURED)
+    endpoint.answers = [(200, content), (200, GOOD)]
+    assert judge_at(endpoint, attempts=2, timeout=0.5)(of_ids([[4]], [[5]]), MEASURED) == Judgement(70, 35.5)
 
 
 def test_an_endpoint_that_is_not_there(endpoint):
@@ -330,10 +384,22 @@ def test_scores_go_on_where_they_stopped(model, mxd, tmp_path):
     assert scores == whole
     assert len({s.expert for s in scores.scores}) == 4
     changed = settings | {"coefficient": 30.0}
-    with pytest.raises(
-        ValueError, match=r"other scores\. one: mxd, .* coefficient 20 then, mxd, .* coefficient 30 now"
-    ):
+    with pytest.raises(ValueError, match=r"another run \(steered\.one\.coefficient: 20\.0 then, 30\.0 now\)"):
         steering_scores(model, {"one": mxd}, tmp_path, 4, judge, **changed)
+    # Another checkpoint of the same shape, or another model of the same name, does not inherit them.
+    other = random_mxd(D_MODEL)
+    other.W_dec[20, 3] += 1e-3
+    with pytest.raises(ValueError, match=r"another run \(steered\.one\.weights"):
+        steering_scores(model, {"one": other}, tmp_path, 4, judge, **settings)
+    before = model.W_U[0, 0].item()
+    with torch.no_grad():
+        model.unembed.W_U[0, 0] += 1e-3
+    with pytest.raises(ValueError, match=r"another run \(model\.weights"):
+        steering_scores(model, {"one": mxd}, tmp_path, 4, judge, **settings)
+    with torch.no_grad():
+        model.unembed.W_U[0, 0] = before
+    both = steering_scores(model, {"one": mxd, "two": other}, tmp_path, 4, CountingJudge(), **settings)
+    assert [score.layer for score in both.scores] == ["one"] * 4 + ["two"] * 4
     with pytest.raises(ValueError, match="experts names none for one"):
         steering_scores(model, {"one": mxd}, tmp_path, {"two": [1]}, judge, **settings)
 

@@ -459,7 +459,21 @@ def test_a_sae_id_that_leads_elsewhere_is_not_downloaded(hub: HubStandIn) -> Non
 def test_repo_ids_that_are_none(folder: Path, repo_id: str) -> None:
     with pytest.raises(ValueError, match="repo_id must be a repository of the hub") as e:
         push_to_hub(folder, repo_id, dry_run=folder / "dry")
-    assert repo_id[:20] in str(e.value) or "\\" in repo_id
+    assert str(e.value).endswith(f"got {repo_id!r}.")
+    assert not (folder / "dry").exists()
+
+
+@pytest.mark.parametrize(
+    "revision", ["../../x", "a/../b", "/etc", "-x", "", "a//b", "a b", "..", "a\nb", "x" * 300]
+)
+def test_revisions_that_lead_elsewhere(hub: HubStandIn, folder: Path, revision: str) -> None:
+    for use in (
+        lambda: MxD.from_pretrained(REPO, "layer12", revision=revision),
+        lambda: push_to_hub(folder, REPO, revision=revision),
+    ):
+        with pytest.raises(ValueError, match="revision must be the name of a branch"):
+            use()
+    assert not hub.requests
 
 
 def test_no_token(hub: HubStandIn, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -478,11 +492,13 @@ def test_no_token(hub: HubStandIn, folder: Path, monkeypatch: pytest.MonkeyPatch
 def test_tokens_that_may_not(hub: HubStandIn, folder: Path, token: str, message: str, exists: bool) -> None:
     if exists:
         push_to_hub(folder, REPO)
+    before = {name: dict(made.commits) for name, made in hub.repositories.items()}
     with pytest.raises(PermissionError, match=message) as e:
         push_to_hub(folder, REPO, "new", token=token)
     assert in_a_line(e)
     assert e.value.__cause__ is not None
-    assert not exists or not any(path.startswith("new/") for path in hub.files(REPO))
+    assert bool(before) == exists
+    assert {name: dict(made.commits) for name, made in hub.repositories.items()} == before
 
 
 def test_private(hub: HubStandIn, folder: Path) -> None:

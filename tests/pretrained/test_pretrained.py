@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from attached import any_model, close, expected_logits, random_mxd, sae_model  # noqa: F401
 from conftest import D_MODEL, HOOK_IN, HOOK_OUT
 from rich.console import Console
 from sae_lens import SAE
@@ -13,7 +14,6 @@ from sae_lens.loading.pretrained_sae_loaders import load_sae_config_from_hugging
 from sae_lens.saes import transcoder as saelens
 from sae_lens.saes.sae import SAEMetadata
 from safetensors.torch import save_file
-from test_attach import any_model, close, expected_logits, random_mxd, sae_model  # noqa: F401
 
 from mxd_lens import (
     JumpReLUSkipTranscoder,
@@ -109,12 +109,59 @@ def test_a_list_of_what_there_is(folder: Path, caplog: pytest.LogCaptureFixture)
     assert (mxd.architecture, mxd.d_sae, mxd.k, mxd.n_parameters) == ("mxd", 40, 4, n_parameters)
     assert (mxd.model_name, mxd.hook_name, mxd.source) == ("llama-of-words", HOOK_IN, str(folder))
     assert layers[1].architecture is None
-    assert "broken is no layer that can be read" in caplog.text
+    assert "broken is not a layer that can be read" in caplog.text
     console = Console(width=250, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(list_pretrained())
     printed = console.export_text()
     assert "llama-of-words" in printed
     assert "someone/mxds" in printed
+
+
+BAD_REPORTS = {
+    "a list": "[]",
+    "nothing": "",
+    "text": "not JSON",
+    "deep": "[" * 100_000,
+    "no numbers": '{"fraction_of_variance_unexplained": "x", "l0": null}',
+    "other fields": '{"a": 1}',
+    "numbers in lists": '{"fraction_of_variance_unexplained": [1], "l0": {}}',
+    "twice": '{"l0": 1, "l0": 2}',
+}
+
+
+@pytest.mark.parametrize("report", BAD_REPORTS.values(), ids=list(BAD_REPORTS))
+def test_a_bad_report_leaves_every_layer_usable(folder: Path, report: str) -> None:
+    (folder / "transcoder" / "report.json").write_text(report)
+    register_release("mine", folder)
+    assert isinstance(SAE.from_pretrained("mine", "transcoder"), TopKTranscoder)
+    assert isinstance(SAE.from_pretrained("smollm2-135m-mxd", "blocks.11.mlp"), MxD)
+    (listed,) = [layer for layer in list_pretrained() if layer.sae_id == "transcoder"]
+    assert listed.d_sae == 24
+    assert not listed.report or listed.report == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "[]",
+        "[" * 100_000,
+        '{"architecture": ["mxd"], "d_sae": 3}',
+        '{"architecture": "mxd", "d_sae": "many"}',
+        '{"architecture": "mxd", "d_sae": 3, "metadata": {"model_name": ["gpt2"]}}',
+        '{"architecture": "mxd", "d_sae": 3, "metadata": []}',
+    ],
+)
+def test_a_bad_config_disables_its_own_folder(
+    folder: Path, config: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "transcoder" / "cfg.json").write_text(config)
+    register_release("mine", folder)
+    (listed,) = [layer for layer in list_pretrained() if layer.sae_id == "transcoder"]
+    assert listed.architecture is None
+    assert "is not a layer that can be read" in caplog.text
+    assert isinstance(SAE.from_pretrained("mine", "blocks.1.mlp/mxd"), MxD)
+    with pytest.raises(ValueError, match="cfg"):
+        MxD.from_pretrained("mine", "transcoder")
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,7 @@ def test_what_is_written(runner, tmp_path: Path) -> None:
         "relative_error",
         "l0",
         "dead",
+        "left_out",
         "lr",
     }
     assert all(0 < entry["l0"] <= 3 for entry in history)

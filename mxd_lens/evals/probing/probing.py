@@ -27,6 +27,8 @@ from tqdm.auto import tqdm
 
 from mxd_lens.analysis.firings import input_hook, read_batch
 from mxd_lens.analysis.sequences import token_batches
+from mxd_lens.artifacts.files import write_json
+from mxd_lens.artifacts.identity import RunIdentity
 from mxd_lens.artifacts.tables import Cell, Tabular
 from mxd_lens.evals.probing.logistic import single_feature_probes
 from mxd_lens.evals.probing.tasks import OFFLINE_TASKS, LabelledTexts, load_task
@@ -34,6 +36,7 @@ from mxd_lens.hooks.site import check_trained_on, hook_names
 from mxd_lens.models import model_first, ordinary_tokens
 
 if TYPE_CHECKING:
+    import pandas
     from scipy.sparse import csr_matrix
 
 KS = (1, 2, 5, 20, 100)
@@ -109,7 +112,7 @@ class TaskFacts:
     """By seed: "train" and "test", texts of each class."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SparseProbing(Tabular):
     """What `sparse_probing` found."""
 
@@ -125,8 +128,8 @@ class SparseProbing(Tabular):
         return asdict(self)
 
     def save(self, path: str | Path) -> None:
-        """Writes everything as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict()) + "\n", encoding="utf-8")
+        """Write everything as JSON, atomically."""
+        write_json(path, self.to_dict(), indent=None)
 
     @classmethod
     def load(cls, path: str | Path) -> "SparseProbing":
@@ -168,6 +171,18 @@ class SparseProbing(Tabular):
             if kind in probe.scores:
                 found.setdefault(probe.seed, []).append(probe.scores[kind])
         return [Scores(*map(mean, zip(*scores, strict=True))) for scores in found.values()]
+
+    def expert_frame(self) -> "pandas.DataFrame":
+        """A row for each class, layer, split and expert among the best: what it scored as the only probe."""
+        import pandas
+
+        return pandas.DataFrame(
+            [
+                {"task": p.task, "label": p.label, "layer": p.features, "seed": p.seed, **probe._asdict()}
+                for p in self.probes
+                for probe in p.experts
+            ]
+        )
 
     @property
     def title(self) -> str:
@@ -312,6 +327,7 @@ def sparse_probing(
             "ks": list(ks),
             "n_candidates": n_candidates,
             "context_size": context_of(layers, model, context_size),
+            "identity": RunIdentity.of(model=model, layers=layers).to_dict(),
         },
         tasks=facts,
         probes=probes,

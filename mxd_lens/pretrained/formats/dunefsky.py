@@ -11,10 +11,11 @@ output whose mean over d_out is zero; an unprocessed model writes that mean too,
 from pathlib import PurePosixPath
 from typing import Any
 
+from torch import Tensor
+
 from mxd_lens.architectures.saved import few
 from mxd_lens.pretrained.formats.checkpoint_file import (
     Described,
-    StoredTensor,
     UnreadableCheckpointError,
     read_checkpoint_file,
     shown,
@@ -43,7 +44,7 @@ def layers(source: Source) -> list[str]:
 def is_the_papers(content: Any) -> bool:
     """Whether a checkpoint is of the paper's code."""
     config = content.get("cfg") if type(content) is dict else None
-    return isinstance(config, Described) and "use_conditional" in config.state
+    return isinstance(config, Described) and "use_conditional" in vars(config)
 
 
 def read(source: Source, layer: str) -> ForeignLayer:
@@ -57,20 +58,17 @@ def read(source: Source, layer: str) -> ForeignLayer:
     content = read_checkpoint_file(file)
     config = content.get("cfg") if type(content) is dict else None
     stored = content.get("state_dict") if type(content) is dict else None
-    if not isinstance(config, Described) or type(stored) is not dict:
+    if not isinstance(config, Described) or not isinstance(stored, dict):
         raise UnreadableCheckpointError(f"{file} is not a checkpoint: it should hold cfg and state_dict.")
-    if wrong := [f"{shown(n)} is {shown(w)}" for n, w in stored.items() if not isinstance(w, StoredTensor)]:
+    if wrong := [f"{shown(n)} is {shown(w)}" for n, w in stored.items() if not isinstance(w, Tensor)]:
         raise UnreadableCheckpointError(f"{file} should hold tensors in its state_dict; {few(wrong)}.")
-    settings = config.state
+    settings = vars(config)
     hooks = [settings.get(name) for name in ("hook_point", "out_hook_point")]
     if settings.get("is_transcoder") is not True or not all(isinstance(hook, str) for hook in hooks):
         raise UnreadableCheckpointError(
             f"{file} is not a transcoder: is_transcoder should be True, with hook_point and out_hook_point."
         )
-    try:
-        weights = {name: w.read().clone() for name, w in stored.items()}
-    except UnreadableCheckpointError as e:
-        raise UnreadableCheckpointError(f"{file} cannot be used: {e}.") from None
+    weights = {name: w.clone() for name, w in stored.items()}
     d_in, d_sae = width_of(file, weights, "W_enc"), width_of(file, weights, "W_enc", 1)
     d_out = width_of(file, weights, "W_dec", 1)
     shapes: dict[str, tuple[int, ...]] = {

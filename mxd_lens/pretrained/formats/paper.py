@@ -26,6 +26,7 @@ Which of its weights is which of ours, transposed where it says T:
 
 import functools
 import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -56,9 +57,7 @@ from mxd_lens.architectures.saved import few
 from mxd_lens.pretrained.formats.checkpoint_file import (
     DESCRIBED_MODULE,
     Described,
-    StoredTensor,
     UnreadableCheckpointError,
-    forget_pages,
     read_checkpoint_file,
     shown,
 )
@@ -70,6 +69,9 @@ SUFFIXES = (".pkl.gz", ".pkl", ".pt")
 SPARSITY_SUFFIX = "_log_feature_sparsity.pt"
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 L = TypeVar("L", bound=SAE[Any])
+
+RMS_NORM = re.compile("llama|gemma|mi[sx]tral|qwen|olmo-2|phi-3|yi-|smollm", re.IGNORECASE)
+"""Models whose norms are RMS norms, by their names."""
 
 MAX_SETTINGS = 10_000
 """Values in a config, those inside lists and dictionaries included; the paper's has about 70."""
@@ -87,7 +89,7 @@ def load_reference_checkpoint(
     `cfg.metadata`: model_name, hook_name, hook_name_out, context_size, dataset_path, prepend_bos, and
     everything else that JSON can hold as `reference_config`. The paper's code hooks a model as
     HookedTransformer.from_pretrained processes it: norms folded, and what the MLP writes centred, so that
-    its mean over d_out is zero. On an unprocessed model the output to compare with has that mean too.
+    its mean over d_out is zero. `metadata.weight_processing` records it, and the layer is refused on another.
 
     Args:
         path: a `.pt` (torch's zip format, which is mapped rather than read, or its legacy one), `.pkl` or
@@ -122,12 +124,12 @@ def load_reference_checkpoint_with_sparsity(
         return layer, None
     stored = read_checkpoint_file(sparsity_path)
     shape = (layer.cfg.d_sae,)
-    if not isinstance(stored, StoredTensor) or stored.shape != shape:
-        got = stored.shape if isinstance(stored, StoredTensor) else shown(stored)
+    if not isinstance(stored, Tensor) or stored.shape != shape:
+        got = tuple(stored.shape) if isinstance(stored, Tensor) else shown(stored)
         raise UnreadableCheckpointError(f"{sparsity_path} should hold a tensor of shape {shape}, got {got}.")
     if problems := _weight_problems({"the sparsity": stored}, torch.float32):
         raise UnreadableCheckpointError(f"{sparsity_path} cannot be used: {'; '.join(problems)}.")
-    return layer, stored.read().to(torch.float32, copy=True)
+    return layer, stored.to(torch.float32, copy=True)
 
 
 def convert(
@@ -169,7 +171,7 @@ def _load(path: Path, device: str, dtype: str | torch.dtype | None) -> Reference
         reference = ReferenceConfig.from_settings(settings)
         target = asked or _common_dtype(weights)
         expected = reference.shapes()
-        right = {name: stored for name, stored in weights.items() if stored.shape == expected.get(name)}
+        right = {name: weight for name, weight in weights.items() if weight.shape == expected.get(name)}
         _raise(reference.contradictions(weights) + _weight_problems(right, target), "cannot be used")
         metadata = reference.metadata(settings)
     except UnreadableCheckpointError as e:
@@ -183,34 +185,34 @@ def _raise(problems: list[str], what: str) -> None:
         raise UnreadableCheckpointError(f"{what}: {few(problems, MAX_PROBLEMS)}.")
 
 
-def _parts(checkpoint: Any) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+def _parts(checkpoint: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The config's settings and the tensors of a checkpoint."""
     what = "is no checkpoint of the paper's code"
     if type(checkpoint) is not dict or checkpoint.keys() != {"cfg", "state_dict"}:
         raise UnreadableCheckpointError(f"{what}: that is a dictionary of cfg and state_dict.")
     config, weights = checkpoint["cfg"], checkpoint["state_dict"]
-    if not isinstance(config, Described) or config.name != CONFIG_CLASS:
+    if not isinstance(config, Described) or type(config).__name__ != CONFIG_CLASS.rpartition(".")[2]:
         raise UnreadableCheckpointError(f"{what}: its cfg is {shown(config)}, not a {CONFIG_CLASS}.")
-    if type(weights) is not dict:
+    if not isinstance(weights, dict):
         raise UnreadableCheckpointError(f"{what}: its state_dict is {shown(weights)}.")
     _raise(
         [
             f"{shown(name)} is {shown(weight)}"
             for name, weight in weights.items()
-            if type(name) is not str or not isinstance(weight, StoredTensor)
+            if type(name) is not str or not isinstance(weight, Tensor)
         ],
         "cannot be used: every weight should be a tensor with a name",
     )
-    return config.state, weights
+    return {name: value for name, value in vars(config).items() if name != "args"}, weights
 
 
-def _common_dtype(weights: Mapping[str, StoredTensor]) -> torch.dtype:
+def _common_dtype(weights: Mapping[str, Tensor]) -> torch.dtype:
     """The paper's code keeps some weights in float32 whatever its config says: the dtype that holds all."""
-    floating = [stored.dtype for stored in weights.values() if stored.dtype in DTYPES]
+    floating = [weight.dtype for weight in weights.values() if weight.dtype in DTYPES]
     return functools.reduce(torch.promote_types, floating or [torch.float32])
 
 
-def _weight_problems(weights: Mapping[str, StoredTensor], dtype: torch.dtype) -> list[str]:
+def _weight_problems(weights: Mapping[str, Tensor], dtype: torch.dtype) -> list[str]:
     """What is wrong with weights that does not depend on the config.
 
     Args:
@@ -218,27 +220,29 @@ def _weight_problems(weights: Mapping[str, StoredTensor], dtype: torch.dtype) ->
         dtype: what they will be converted to.
     """
     problems = []
-    for name, stored in weights.items():
-        if stored.dtype not in DTYPES:
-            problems.append(f"{shown(name)} is of {stored.dtype}, a weight is a floating point number")
+    for name, weight in weights.items():
+        if weight.dtype not in DTYPES:
+            problems.append(f"{shown(name)} is of {weight.dtype}, a weight is a floating point number")
             continue
-        try:
-            largest = torch.stack(stored.numbers().aminmax()).abs().max()
-        except UnreadableCheckpointError as e:
-            problems.append(f"{shown(name)}: {e}")
+        if (
+            weight.layout != torch.strided
+            or weight.device.type != "cpu"
+            or not (weight.is_contiguous() or weight.T.is_contiguous())
+        ):
+            problems.append(f"{shown(name)} has gaps, overlaps or no numbers")
             continue
+        largest = torch.stack(weight.aminmax()).abs().max()
         if not largest.isfinite():
             problems.append(f"{shown(name)} has values that are not finite")
         elif largest > torch.finfo(dtype).max:
             problems.append(f"{shown(name)} has values up to {largest:.3g}, too large for {dtype}")
-        forget_pages(stored.storage.data)
     return problems
 
 
 class Weights:
     """The weights of a checkpoint, one at a time, in the dtype and on the device asked for."""
 
-    def __init__(self, stored: Mapping[str, StoredTensor], device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, stored: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
         self.stored = stored
         self.device = device
         self.dtype = dtype
@@ -246,14 +250,12 @@ class Weights:
 
     def take(self, name: str, transposed: bool = False) -> Tensor:
         """A weight or its transpose, contiguous; it stays mapped to the file if nothing has to change."""
-        stored = self.stored[name]
-        weight = stored.read().T if transposed else stored.read()
+        weight = self.stored[name].T if transposed else self.stored[name]
         # Weights that were tied at the start share their storage still: theirs is no longer one.
-        is_shared = id(stored.storage) in self.given
-        self.given.add(id(stored.storage))
-        weight = weight.to(self.device, self.dtype, copy=is_shared).contiguous()
-        forget_pages(stored.storage.data)
-        return weight
+        storage = weight.untyped_storage().data_ptr()
+        is_shared = storage in self.given
+        self.given.add(storage)
+        return weight.to(self.device, self.dtype, copy=is_shared).contiguous()
 
 
 @dataclass(kw_only=True)
@@ -327,12 +329,12 @@ class ReferenceConfig:
             shapes |= {"W_skip.weight": (d_out, d_in)}
         return shapes
 
-    def contradictions(self, weights: Mapping[str, StoredTensor]) -> list[str]:
+    def contradictions(self, weights: Mapping[str, Tensor]) -> list[str]:
         """Where the config and the weights say different things."""
         expected = self.shapes()
         return [
             f"{shown(name)}: the config says {expected.get(name, 'nothing')}, "
-            f"the weights {weights[name].shape if name in weights else 'nothing'}"
+            f"the weights {tuple(weights[name].shape) if name in weights else 'nothing'}"
             for name in [*expected, *sorted(weights.keys() - expected)]
             if name not in weights or expected.get(name) != weights[name].shape
         ]
@@ -346,6 +348,9 @@ class ReferenceConfig:
             "context_size": rest.pop("context_size", None),
             "dataset_path": rest.pop("dataset_path", None),
             "prepend_bos": True,
+            # As HookedTransformer.from_pretrained processes the model: RMS norms leave nothing to centre.
+            "weight_processing": ["fold_ln"]
+            + ["center_writing_weights"] * (not RMS_NORM.search(str(settings.get("model_name")))),
         }
         if self.is_transcoder:
             known["hook_name_out"] = rest.pop("out_hook_point")
@@ -458,7 +463,7 @@ def _json_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         left -= 1
         if left < 0 or depth > MAX_DEPTH:
             raise UnreadableCheckpointError("has a config of more, or deeper, settings than a config has.")
-        if isinstance(value, torch.dtype):
+        if isinstance(value, torch.dtype | torch.device):
             return str(value).removeprefix("torch.")
         if value is None or isinstance(value, str | int):
             return value
@@ -468,8 +473,8 @@ def _json_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
             return [as_json(item, depth + 1) for item in value]
         if isinstance(value, dict):
             return {str(name): as_json(item, depth + 1) for name, item in value.items()}
-        if isinstance(value, Described) and len(value.args) == 1 and not value.state:  # a member of an Enum
-            return as_json(value.args[0], depth + 1)
+        if isinstance(value, Described) and vars(value).keys() == {"args"} and len(value.args) == 1:
+            return as_json(value.args[0], depth + 1)  # a member of an Enum
         raise TypeError(f"JSON cannot hold {shown(value)}")
 
     held: dict[str, Any] = {}
