@@ -24,7 +24,7 @@ from sae_lens.saes.sae import SAEMetadata
 from benchmarks.train_step import Setting, machine
 from mxd_lens import MxD, MxDConfig, load_model, matched_n_experts, replacement_hooks
 from mxd_lens.evals.faithfulness import decompose
-from mxd_lens.hooks.replace import paired_hooks
+from mxd_lens.hooks.replace import Replaced
 from mxd_lens.hooks.site import hook_names
 from mxd_lens.models import SMOLLM2
 
@@ -38,13 +38,15 @@ def contestants(model: Any, mxd: MxD, tokens: torch.Tensor) -> dict[str, Callabl
         mixture, _, output = decompose(mxd, x)
         return output(mixture)
 
+    def sparsely() -> torch.Tensor:
+        with Replaced(model, *hook_names(mxd), sparse):
+            return model(tokens)
+
     return {
         "unmodified": lambda: model(tokens),
         "attached by SAELens": lambda: model.run_with_saes(tokens, saes=[mxd]),
         "replacement_hooks": lambda: model.run_with_hooks(tokens, fwd_hooks=replacement_hooks(mxd)),
-        "values and indices": lambda: model.run_with_hooks(
-            tokens, fwd_hooks=paired_hooks(*hook_names(mxd), sparse)
-        ),
+        "values and indices": sparsely,
     }
 
 

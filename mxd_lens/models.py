@@ -13,6 +13,7 @@ import os
 import re
 import tempfile
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -23,9 +24,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from platformdirs import user_cache_path
 from sae_lens import SAE, HookedSAETransformer
-from sae_lens.util import get_special_token_ids, str_to_dtype
+from sae_lens.analysis.hooked_sae_transformer import set_deep_attr
+from sae_lens.util import (
+    extract_stop_at_layer_from_tlens_hook_name,
+    get_special_token_ids,
+    str_to_dtype,
+)
 from torch import Tensor, nn
 from transformer_lens import loading_from_pretrained as transformer_lens_loading
+from transformer_lens.hook_points import HookPoint
 
 logger = logging.getLogger(__name__)
 
@@ -127,14 +134,15 @@ def load_model(
     is_local = (folder / "config.json").is_file()
     if not is_local and (folder.exists() or re.match(r"[./~\\]", str(name))):
         raise FileNotFoundError(f"{name} is not a Hugging Face model folder: it has no config.json.")
+    attaching: type[Any] = _attaching(model_class)
     if hasattr(model_class, "boot_transformers"):
-        model = model_class.boot_transformers(
+        model = attaching.boot_transformers(
             str(folder if is_local else name), device=device, dtype=torch_dtype
         )
     elif is_local:
         packaged = PACKAGED_MODELS.get(str(name))
         model = _hooked_transformer_from_folder(
-            folder, device, torch_dtype, model_class, packaged.hub_name if packaged else None
+            folder, device, torch_dtype, attaching, packaged.hub_name if packaged else None
         )
     else:
         known = transformer_lens_loading.make_model_alias_map()
@@ -145,7 +153,7 @@ def load_model(
                 + (f"Near: {', '.join(near)}." if near else "transformer_lens.supported_models lists them.")
             )
         with _quiet():
-            model = model_class.from_pretrained_no_processing(str(name), device=device, dtype=torch_dtype)
+            model = attaching.from_pretrained_no_processing(str(name), device=device, dtype=torch_dtype)
     if str(name) in PACKAGED_MODELS:
         model.cfg.model_name = str(name)
     model.eval()
@@ -280,6 +288,221 @@ def attached_layer(model: Any, name: str) -> SAE[Any] | None:
     return getattr(hook_point(model, name), "sae", None)
 
 
+_fired: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+"""The hook points, and what is attached there, that have been seen to fire."""
+
+
+@torch.no_grad()
+def check_fires(model: Any, *names: str) -> None:
+    """Raises ValueError where a forward pass does not run a hook point, although the model lists it.
+
+    The model runs one token, once for each hook point.
+    """
+    points = {name: hook_point_name(model, name) for name in names}
+    modules = {name: hook_point(model, name) for name in names}
+    if all(module in _fired for module in modules.values()):
+        return
+    with contextlib.ExitStack() as stack:
+        for module in modules.values():
+            stack.callback(listen(module, lambda module, *_: _fired.add(module)))
+        run_one_token(model, list(points.values()))
+    for name, module in modules.items():
+        if module not in _fired:
+            raise ValueError(_does_not_fire(model, name, points[name]))
+
+
+def run_one_token(model: Any, points: list[str]) -> None:
+    """Runs a model on one token, as far as these hook points."""
+    stops = [extract_stop_at_layer_from_tlens_hook_name(point) for point in points]
+    model.run_with_hooks(
+        torch.zeros(1, 1, dtype=torch.long, device=model.cfg.device),
+        stop_at_layer=None if None in stops else max(stop for stop in stops if stop is not None),
+        fwd_hooks=[],
+    )
+
+
+def _does_not_fire(model: Any, name: str, point: str) -> str:
+    said = (
+        f"{name} does not fire: {model.cfg.model_name} lists this hook point, and its forward pass does not "
+        "run it."
+    )
+    if attached_layer(model, point) is not None:
+        return f"{said} A layer that SAELens attaches there has no effect: use replacement_hooks or steer."
+    if point.endswith("hook_mlp_in"):
+        return f"{said} model.set_use_hook_mlp_in(True) makes it fire."
+    seen: list[str] = []
+    block = point[: point.find(".", len("blocks.")) + 1]
+    model.run_with_hooks(
+        torch.zeros(1, 1, dtype=torch.long, device=model.cfg.device),
+        fwd_hooks=[(lambda n: n.startswith(block), lambda _, hook: seen.append(hook.name))],
+    )
+    near = difflib.get_close_matches(point, seen, n=3, cutoff=0.5)
+    return f"{said} Near, and it fires: {', '.join(near)}." if near else said
+
+
+def listen(module: Any, function: Callable[..., Any], prepend: bool = False) -> Callable[[], None]:
+    """Calls function(module, inputs, output) whenever a hook point, or what is attached there, has run.
+
+    A hook of PyTorch's own, which no `reset_hooks` of TransformerLens takes away. What the function
+    returns, unless it is None, takes the place of the output.
+
+    Returns:
+        A function that ends it.
+    """
+    ends = [module.register_forward_hook(function, prepend=prepend).remove]
+    if isinstance(module, HookPoint):
+        # A bridge runs some hook points only where TransformerLens' own hooks are.
+        module.add_hook(_nothing, is_permanent=True)
+        own = module.fwd_hooks[-1]
+
+        def remove() -> None:
+            own.hook.remove()
+            if own in module.fwd_hooks:
+                module.fwd_hooks.remove(own)
+
+        ends.append(remove)
+
+    def end() -> None:
+        for one in ends:
+            one()
+
+    return end
+
+
+def _nothing(tensor: Tensor, *, hook: HookPoint) -> None:  # noqa: ARG001
+    return None
+
+
+class _Attaching:
+    """What SAELens' `add_sae` lacks, for its classes of models: it says where a layer cannot be attached,
+    keeps the model's dtype, and leaves special tokens to the MLP inside `generate` and on a bridge too."""
+
+    _acts_to_saes: dict[str, Any]
+    _ids: "TokenIds | None" = None
+
+    def add_sae(
+        self,
+        sae: SAE[Any],
+        use_error_term: bool | None = None,
+        exclude_special_tokens: bool | list[int] = False,
+    ) -> None:
+        """Attaches a layer, as SAELens does.
+
+        Args:
+            sae: the layer.
+            use_error_term: whether its error is added to its output. None: as `sae.use_error_term` says.
+            exclude_special_tokens: whether the MLP itself runs at special tokens (True: those of the
+                tokenizer), in `generate` too.
+
+        Raises:
+            ValueError: the model has no such hook points or does not run them, or the layer was trained on
+                weights processed otherwise; when run, if special tokens
+                are excluded and the model is given embeddings, so that it is not known which they are.
+        """
+        metadata = sae.cfg.metadata
+        names = [name for name in (metadata.hook_name, metadata.hook_name_out) if name]
+        check_fires(self, *names)
+        check_processing(self, sae)
+        free = hook_point(self, names[-1])
+        super().add_sae(sae, use_error_term=use_error_term)  # type: ignore[misc]
+        wrapper = self._acts_to_saes[metadata.hook_name]
+        wrapper.register_forward_hook(lambda _wrapper, args, output: output.to(args[0]))
+        self._exclude(wrapper, exclude_special_tokens)
+        try:
+            check_fires(self, names[-1])
+        except BaseException:
+            point = hook_point_name(self, names[-1])
+            self.reset_saes(metadata.hook_name)  # type: ignore[attr-defined]
+            set_deep_attr(self, point, free)  # the model runs the hook point that it was made with
+            if hasattr(self, "_hook_registry"):
+                self._hook_registry[point] = free
+            else:
+                self.setup()  # type: ignore[attr-defined]
+            raise
+
+    @contextlib.contextmanager
+    def saes(
+        self,
+        saes: SAE[Any] | list[SAE[Any]] = [],  # noqa: B006
+        reset_saes_end: bool = True,
+        use_error_term: bool | None = None,
+        exclude_special_tokens: bool | list[int] = False,
+    ) -> Iterator[Any]:
+        """Attaches layers for a with block, as SAELens does; the arguments are those of `add_sae`."""
+        layers = [saes] if isinstance(saes, SAE) else saes
+        with super().saes(layers, reset_saes_end, use_error_term):  # type: ignore[misc]
+            for sae in layers:
+                self._exclude(self._acts_to_saes[sae.cfg.metadata.hook_name], exclude_special_tokens)
+            yield self
+
+    def _reset_sae(self, act_name: str, prev_wrapper: Any = None) -> None:
+        super()._reset_sae(act_name, prev_wrapper)  # type: ignore[misc]
+        if prev_wrapper is not None:
+            self._exclude(self._acts_to_saes[act_name], prev_wrapper.exclude_special_tokens)
+
+    def _exclude(self, wrapper: Any, exclude: bool | list[int]) -> None:
+        if not exclude:
+            return
+        special = torch.tensor(special_token_ids(self, exclude))
+        ids = self._ids = self._ids or TokenIds(self)
+
+        def leave_to_the_mlp(wrapper: Any, _args: Any) -> None:
+            now = ids.now()
+            wrapper.set_token_mask(torch.isin(now, special.to(now.device)))
+
+        wrapper.exclude_special_tokens = exclude
+        wrapper.register_forward_pre_hook(leave_to_the_mlp)
+
+
+class TokenIds:
+    """Which tokens a model sees in the forward pass under way, where it embeds them itself.
+
+    HookedTransformer's `generate` embeds each new token by itself and then runs all of them.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._embedded: Tensor | None = None
+        self._now: Tensor | None = None
+        model.embed.register_forward_pre_hook(self._embed, with_kwargs=True)
+        model.blocks[0].register_forward_pre_hook(self._begin, with_kwargs=True)
+
+    def now(self) -> Int[Tensor, "sequences positions"]:
+        """The token ids. Raises ValueError where they are not known."""
+        if self._now is None:
+            raise ValueError(
+                "exclude_special_tokens needs to know which tokens are special, and the model was given "
+                "embeddings: give it token ids, or attach the layer without exclude_special_tokens."
+            )
+        return self._now
+
+    def _embed(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._embedded = next(
+            (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and not v.is_floating_point()),
+            None,
+        )
+
+    def _begin(self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        n = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)).shape[1]
+        before, new, self._embedded = self._now, self._embedded, None
+        if new is not None and new.shape[1] < n and before is not None and len(before) == len(new):
+            new = torch.cat([before, new], dim=1)
+        self._now = new if new is not None and new.shape[1] == n else None
+
+
+def _attaching(model_class: type[Any]) -> type[Any]:
+    """A class of models with `_Attaching`, if layers can be attached to it."""
+    if not hasattr(model_class, "add_sae"):
+        return model_class
+    if model_class not in _attaching_classes:
+        _attaching_classes[model_class] = type(
+            model_class.__name__, (_Attaching, model_class), {"__doc__": model_class.__doc__}
+        )
+    return _attaching_classes[model_class]
+
+
+_attaching_classes: dict[type[Any], type[Any]] = {}
+
+
 def block_of(model: Any, name: str) -> tuple[int, nn.Module]:
     """The transformer block that a hook point lies in, and its index.
 
@@ -310,6 +533,35 @@ def weight_processing(model: Any) -> list[str]:
         if some.mean(-1).abs().max() < 1e-3 * some.std():
             steps.append("center_writing_weights")
     return steps
+
+
+def check_processing(model: Any, sae: SAE[Any]) -> None:
+    """Raises ValueError where a layer was trained on a model with other processing of its weights.
+
+    Warns where the layer does not record it and this model's weights are processed.
+    """
+    trained_on, runs_on = sae.cfg.metadata.weight_processing, weight_processing(model)
+    if trained_on is None:
+        if runs_on:
+            warnings.warn(
+                "This layer does not record whether it was trained on processed weights, and the weights of "
+                f"this model are ({', '.join(runs_on)}). If it was not, its results here are wrong.",
+                stacklevel=3,
+            )
+    elif sorted(trained_on) != sorted(runs_on):
+        was, now = (f"processed ({', '.join(s)})" if s else "unprocessed" for s in (trained_on, runs_on))
+        raise ValueError(
+            f"This layer was trained on {was} weights, and this model has {now} ones. load_model gives "
+            "unprocessed weights; HookedSAETransformer.from_pretrained and a bridge's "
+            "enable_compatibility_mode process them."
+        )
+
+
+def normalises_what_mlps_write(model: Any) -> bool:
+    """Whether an MLP's output goes through a norm before it joins the residual stream, as in Gemma 2."""
+    if getattr(model.cfg, "use_normalization_before_and_after", False):
+        return True
+    return re.search(r"\.ln\w+\.hook_out$", hook_point_name(model, "blocks.0.hook_mlp_out")) is not None
 
 
 def special_token_ids(model: Any, exclude: bool | list[int] | None) -> list[int]:

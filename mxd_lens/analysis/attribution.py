@@ -28,8 +28,8 @@ from mxd_lens.analysis.logit_lens import Norm, read_norm
 from mxd_lens.analysis.prompt import one_prompt
 from mxd_lens.architectures.base import expert_ids
 from mxd_lens.artifacts.tables import Cell, Tabular
-from mxd_lens.hooks.site import block_of_layer, check_trained_on
-from mxd_lens.models import hook_point_name, model_first
+from mxd_lens.hooks.site import block_of_layer, check_trained_on, hook_names
+from mxd_lens.models import check_fires, hook_point_name, model_first, normalises_what_mlps_write
 
 if TYPE_CHECKING:
     import pandas
@@ -155,7 +155,7 @@ def read_stream(
     layers: Iterable[SAE[Any]],
 ) -> "tuple[Stream, dict[int, SAE[Any]], int]":
     """The stream below a layer's MLP, the earlier layers by their block, and the expert's id."""
-    if getattr(model.cfg, "use_normalization_before_and_after", False):
+    if normalises_what_mlps_write(model):
         raise ValueError(
             f"{model.cfg.model_name} normalises what attention and MLPs write: heads do not add up there."
         )
@@ -167,6 +167,7 @@ def read_stream(
     earlier = _by_block(layers, at)
     for layer in (sae, *earlier.values()):
         check_trained_on(model, layer)
+        check_fires(model, hook_names(layer)[0])
     return Stream.of(model, tokens, position % len(tokens), at, [sae, *earlier.values()]), earlier, n
 
 
@@ -243,7 +244,10 @@ class Stream:
         n_attention = at if _side_by_side(self.model) else at + 1
         r = self.before[at] + (self.attention(at) if n_attention > at else 0)
         x = self.inputs[id(sae)]
-        norm, scale = _norm_and_scale(self.model.blocks[at].ln2, r, x)
+        block_of_mlp = self.model.blocks[at]
+        # Phi, GPT-J and Falcon have one norm for attention and MLP.
+        norm_of_mlp = block_of_mlp.ln2 if hasattr(block_of_mlp, "ln2") else block_of_mlp.ln1
+        norm, scale = _norm_and_scale(norm_of_mlp, r, x)
         gate = sae.W_enc[:, n].double()
         reading = norm.weight * gate / scale
         if norm.centres:

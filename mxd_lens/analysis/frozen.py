@@ -23,8 +23,8 @@ from torch import Tensor
 
 from mxd_lens.analysis.decomposition import Parts, decompose, own_dtype
 from mxd_lens.analysis.sequences import counted_tokens
-from mxd_lens.hooks.site import check_fits, check_free, hook_names, listen
-from mxd_lens.models import hook_point, hook_point_name
+from mxd_lens.hooks.site import check_fits, check_free, hook_names
+from mxd_lens.models import hook_point, hook_point_name, listen
 
 FROZEN = re.compile(r"(blocks\.\d+\.attn\.hook_pattern|(blocks\.\d+\.)?ln\w*\.hook_scale)")
 """The hook points whose activations are held fixed."""

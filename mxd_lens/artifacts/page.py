@@ -236,8 +236,8 @@ def as_json(value: Any) -> Markup:
 
 
 def lines(text: str) -> Markup:
-    """Text with its line ends."""
-    return Markup("<br>").join(printable(line) for line in text.split("\n"))
+    """Text with its line ends, for an element that keeps them."""
+    return Markup("\n").join(printable(line) for line in text.split("\n"))
 
 
 # Figures
@@ -264,8 +264,8 @@ def with_legend(figure: go.Figure) -> go.Figure:
     height = figure.layout.height or 400
     figure.update_layout(
         showlegend=True,
-        legend={"orientation": "h", "yanchor": "top", "y": -60 / height, "x": 0},
-        margin_b=110,
+        legend={"orientation": "h", "yanchor": "top", "y": -85 / height, "x": 0},
+        margin_b=130,
     )
     return figure
 

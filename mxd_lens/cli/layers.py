@@ -131,7 +131,7 @@ def steer(
     coefficient: Annotated[
         float,
         typer.Option(
-            help="What is added to the expert's coefficient, or --mode does with it.",
+            help="Added to the expert's coefficient; with --mode set its value, with scale its factor.",
             callback=checked(is_finite),
         ),
     ] = 100.0,

@@ -48,7 +48,7 @@ def split_source(source: str) -> tuple[str, str | None]:
 
 @command
 def inspect(source: Source, json: Json = None) -> None:
-    """Say what a layer's files are, whoever wrote them.
+    """Describe the files of a layer, whoever wrote them.
 
     Its format, the layers in it; of one layer the hook points, sizes and conventions.
     """
@@ -95,9 +95,9 @@ def check(
     device: Device = "auto",
     json: Json = None,
 ) -> None:
-    """Check that a layer is in its right place: its hook points, input, scale and skip connection.
+    """Check that a layer fits its model.
 
-    The exit code is 1 where something is wrong.
+    Tests hook points, input convention, scale and skip. The exit code is 1 if something is wrong.
     """
     release, layer = split_source(source)
 

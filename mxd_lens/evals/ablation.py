@@ -40,7 +40,7 @@ from mxd_lens.evals.token_dependence import (
     read_firings,
     token_information,
 )
-from mxd_lens.hooks.replace import Hook, Replacement
+from mxd_lens.hooks.replace import Replaced, Replacement
 from mxd_lens.models import model_first
 
 # Mixtures and ablations
@@ -356,19 +356,17 @@ def _best_constants(
 ) -> dict[str, BestConstant]:
     constants = {name: BestConstant(sae) for name, sae in saes.items()}
 
-    def adding(constant: BestConstant, forward: Forward, target: Target) -> list[Hook]:
+    def adding(constant: BestConstant, forward: Forward, target: Target) -> Replaced:
         counted = forward.counted(target)
 
         def add(x: Tensor, y: Tensor) -> Tensor:
             constant.add(x[counted.to(x.device)], y[counted.to(y.device)])
             return y
 
-        return forward.hooks(target, add)
+        return forward.at(target, add)
 
     for forward in tqdm(forwards, desc="Fitting constants", disable=not progress):
-        forward.logits(
-            hook for name, constant in constants.items() for hook in adding(constant, forward, targets[name])
-        )
+        forward.logits(adding(constant, forward, targets[name]) for name, constant in constants.items())
     return constants
 
 

@@ -260,7 +260,8 @@ def _wrong_scale(
     error, s_in, s_out = best
     facts["normalised MSE at the best scale"] = error
     is_another = s_in != 1 or not 0.5 < s_out < 2
-    if not is_another or error > MUCH_BETTER * min(stated.normalized_mse, 1.0):
+    # A layer that is merely poor does better at a smaller scale: half of the error is more than that.
+    if not is_another or error > min(stated.normalized_mse, 1.0) / 2:
         return None
     return (
         f"Its scale is wrong: its normalised MSE is {stated.normalized_mse:.3f}, and {error:.3f} with its "

@@ -28,7 +28,7 @@ from mxd_lens.analysis.sequences import Text, batch_of, token_sequences_of
 from mxd_lens.analysis.token_text import token_texts, vocabulary_text
 from mxd_lens.artifacts.tables import Cell, Tabular
 from mxd_lens.evals.harness import Forward, Target, layer_output, zero
-from mxd_lens.hooks.replace import Replacement, paired_hooks
+from mxd_lens.hooks.replace import Replaced, Replacement
 from mxd_lens.hooks.site import check_fits, hook_names
 from mxd_lens.models import attached_layer, hook_point_name, model_first
 
@@ -227,9 +227,8 @@ def compare(
             return Predictions.of(logits, tokens, unmodified, n_predictions)
 
         unmodified = forward.logits(
-            hook
+            Replaced(model, target.hook_name, target.hook_name_out, _recorder(seen, name))
             for name, target in targets.items()
-            for hook in paired_hooks(target.hook_name, target.hook_name_out, _recorder(seen, name))
         )[0]
         bar.update()
         zero_ablated = predictions(logits(first, zero))

@@ -272,9 +272,7 @@ def evaluate_all(
     ) as bar:
         for forward in forwards:
             logits = forward.logits(
-                hook
-                for output, target in targets.items()
-                for hook in unmodified[output].hooks(forward, target, unchanged)
+                unmodified[output].at(forward, target, unchanged) for output, target in targets.items()
             )
             bar.update()
             for output, target in targets.items():

@@ -229,6 +229,9 @@ class Plan(Tabular):
     architectures: list[dict[str, Any]]
     """Of each: label, d_sae, n_parameters, lr and n_layers, the layers trained."""
 
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
     @property
     def tables(self) -> list[Table]:
         """A row for each architecture."""

@@ -14,7 +14,7 @@ from mxd_lens.analysis.decomposition import decompose
 from mxd_lens.analysis.frozen import FrozenModel
 from mxd_lens.analysis.graph import AttributionGraph, Node
 from mxd_lens.artifacts.tables import Cell, Tabular
-from mxd_lens.hooks.replace import Replacement, replaced
+from mxd_lens.hooks.replace import Replaced, Replacement
 
 
 class AblatedNode(NamedTuple):
@@ -89,7 +89,7 @@ def validate_graph(
         for block in frozen.layers:
             hook_in, hook_out = frozen.input_names[block], frozen.output_names[block]
             edited = _without(frozen, block, nodes)
-            stack.enter_context(replaced(model, hook_in, hook_out, edited))
+            stack.enter_context(Replaced(model, hook_in, hook_out, edited))
         logits = model(tokens.expand(len(nodes) + 1, -1))[:, -1]
     centred = logits - logits.mean(-1, keepdim=True)
     logit = graph.nodes[int(graph.of_kind("logit")[0])]

@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from mxd_lens.analysis.decomposition import Parts, decompose
 from mxd_lens.analysis.firings import check_finite
 from mxd_lens.analysis.sequences import Batch
 from mxd_lens.hooks.positions import in_slice
-from mxd_lens.hooks.replace import Hook, Replacement, paired_hooks
+from mxd_lens.hooks.replace import Replaced, Replacement
 from mxd_lens.hooks.site import check_fits, hook_names
 from mxd_lens.models import ordinary_tokens, special_token_ids
 
@@ -67,12 +68,17 @@ class Forward:
         """The counted tokens whose next token is known."""
         return self.counted(target)[:, :-1] & self.present[:, 1:]
 
-    def logits(self, hooks: Iterable[Hook] = ()) -> Float[Tensor, "sequences positions vocabulary"]:
-        """The model's logits, with some hooks."""
-        return self.model.run_with_hooks(self.tokens.to(self.model.cfg.device), fwd_hooks=list(hooks))
+    def logits(
+        self, replacements: Iterable[Replaced] = ()
+    ) -> Float[Tensor, "sequences positions vocabulary"]:
+        """The model's logits, with some replacements."""
+        with ExitStack() as stack:
+            for replacement in replacements:
+                stack.enter_context(replacement)
+            return self.model(self.tokens.to(self.model.cfg.device))
 
-    def hooks(self, target: Target, replacement: Replacement) -> list[Hook]:
-        """The hooks that put replacement(x, y) in the place of the MLP's output y at the counted tokens.
+    def at(self, target: Target, replacement: Replacement) -> Replaced:
+        """replacement(x, y) in the place of the MLP's output y at the counted tokens.
 
         `replacement` gets the whole sequences. A value that is not finite raises ValueError.
         """
@@ -83,13 +89,13 @@ class Forward:
             check_finite(y[here], target.hook_name_out)
             return torch.where(here.unsqueeze(-1), replacement(x, y).to(y), y)
 
-        return paired_hooks(target.hook_name, target.hook_name_out, replace)
+        return Replaced(self.model, target.hook_name, target.hook_name_out, replace)
 
     def replaced(
         self, target: Target, replacement: Replacement
     ) -> Float[Tensor, "sequences positions vocabulary"]:
         """The model's logits with a replacement."""
-        return self.logits(self.hooks(target, replacement))
+        return self.logits([self.at(target, replacement)])
 
     def losses(
         self, logits: Float[Tensor, "sequences positions vocabulary"]
@@ -140,11 +146,11 @@ class Measurement:
         unmodified_logits: Tensor | None = None,
     ) -> None:
         """Runs a batch with a replacement and measures it."""
-        logits = forward.logits(self.hooks(forward, target, replacement))
+        logits = forward.logits([self.at(forward, target, replacement)])
         self.score(forward, target, logits, unmodified_logits)
 
-    def hooks(self, forward: Forward, target: Target, replacement: Replacement) -> list[Hook]:
-        """The hooks that put `replacement` in the MLP's place and measure its error there."""
+    def at(self, forward: Forward, target: Target, replacement: Replacement) -> Replaced:
+        """`replacement` in the MLP's place, with its error there measured."""
         counted = forward.counted(target)
 
         def measured(x: Tensor, y: Tensor) -> Tensor:
@@ -159,7 +165,7 @@ class Measurement:
             self._tokens += len(target_values)
             return y_hat
 
-        return forward.hooks(target, measured)
+        return forward.at(target, measured)
 
     def score(
         self,

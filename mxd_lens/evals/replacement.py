@@ -22,7 +22,7 @@ from mxd_lens.analysis.sequences import Text, token_batches, token_sequences_of
 from mxd_lens.artifacts.files import write_json
 from mxd_lens.artifacts.tables import Cell, Table, Tabular
 from mxd_lens.evals.harness import Forward, Target, zero
-from mxd_lens.hooks.replace import Hook, Replacement
+from mxd_lens.hooks.replace import Replaced, Replacement
 
 Order = Literal["first", "last"]
 Baseline = Literal["mean", "zero"]
@@ -193,9 +193,9 @@ def evaluate_replacement(
             next_tokens = forward.tokens[:, 1:][predicting]
 
             def log_probabilities(
-                hooks: list[Hook], forward: Forward = forward, predicting: Tensor = predicting
+                replaced: list[Replaced], forward: Forward = forward, predicting: Tensor = predicting
             ) -> Tensor:
-                logits = forward.logits(hooks)
+                logits = forward.logits(replaced)
                 return logits[:, :-1][predicting.to(logits.device)].float().log_softmax(-1)
 
             unmodified = log_probabilities([])
@@ -204,14 +204,11 @@ def evaluate_replacement(
             bar.update()
             for (order, n, how), tally in tallies.items():
                 chosen = blocks[:n] if order == "first" else blocks[-n:]
-                hooks = [
-                    hook
+                replaced = [
+                    forward.at(targets[block], _replacement(how, layers[block], means.get(block)))
                     for block in chosen
-                    for hook in forward.hooks(
-                        targets[block], _replacement(how, layers[block], means.get(block))
-                    )
                 ]
-                tally.add(log_probabilities(hooks), unmodified, next_tokens)
+                tally.add(log_probabilities(replaced), unmodified, next_tokens)
                 bar.update()
     if not base.n:
         raise ValueError("No token counts: all are special tokens, which are excluded.")
@@ -257,8 +254,6 @@ def _mean_outputs(
         return add
 
     for forward in forwards:
-        forward.logits(
-            [hook for b, target in targets.items() for hook in forward.hooks(target, adding(forward, b))]
-        )
+        forward.logits(forward.at(target, adding(forward, block)) for block, target in targets.items())
         bar.update()
     return {block: torch.as_tensor(total) / max(counted[block], 1) for block, total in sums.items()}

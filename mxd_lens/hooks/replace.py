@@ -3,8 +3,9 @@
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,8 +15,8 @@ from jaxtyping import Bool, Float
 from sae_lens import SAE
 from torch import Tensor
 
-from mxd_lens.hooks.site import hook_names, listen
-from mxd_lens.models import hook_point_name, module_at
+from mxd_lens.hooks.site import attached_at, hook_names
+from mxd_lens.models import check_processing, hook_point_name, listen, module_at
 
 Replacement = Callable[[Float[Tensor, "*batch d_in"], Float[Tensor, "*batch d_out"]], Tensor]
 Hook = tuple[str | Callable[[str], bool], Callable[..., Any]]
@@ -43,7 +44,7 @@ class Replacing(threading.local):
         return self.replacement(x, y).to(y)
 
     def check_done(self) -> None:
-        """Raises ValueError at the end of a block in which nothing was replaced."""
+        """Raises ValueError at the end of a pass, or of a block, in which nothing was replaced."""
         done, self.x, self.done = self.done, None, False
         if not done:
             raise ValueError(
@@ -91,36 +92,23 @@ def replacement_hooks(
             )
         return torch.where(positions.unsqueeze(-1).to(y.device), y_hat.to(y), y)
 
-    return _hooks(Replacing(hook_in, hook_out, replaced), needs_y=positions is not None)
+    replacing = Replacing(hook_in, hook_out, replaced)
 
-
-def paired_hooks(hook_in: str, hook_out: str, replacement: Replacement) -> list[Hook]:
-    """Forward hooks that put replacement(x, y) in the place of y, the activation at the output hook.
-
-    Args:
-        hook_in, hook_out: the hook points of x and of y; for an ordinary SAE they are one.
-        replacement: called with x and y at every forward pass.
-
-    Raises:
-        ValueError: when run, as `replacement_hooks`, and where a layer is attached at the output.
-    """
-    return _hooks(Replacing(hook_in, hook_out, replacement), needs_y=True)
-
-
-def _hooks(replacing: Replacing, needs_y: bool) -> list[Hook]:
     def capture(x: Tensor, hook: Any) -> None:  # noqa: ARG001
         replacing.capture(x)
 
-    def replace(y: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+    def replace(y: Tensor, hook: Any) -> Tensor:
+        if positions is not None and str(hook.name).endswith(".hook_sae_output"):
+            raise attached_at(hook_out)
         return replacing.output(y)
 
     def end(_stream: Tensor, hook: Any) -> None:  # noqa: ARG001
         replacing.check_done()
 
-    hooks: list[Hook] = [(AtHookPoint(replacing.hook_out, attached_is_wrong=needs_y), replace)]
-    if replacing.hook_in != replacing.hook_out:
-        hooks.insert(0, (AtHookPoint(replacing.hook_in), capture))
-    if match := re.match(r"blocks\.\d+\.", replacing.hook_out):
+    hooks: list[Hook] = [(AtHookPoint(hook_out, partial(check_processing, sae=sae)), replace)]
+    if hook_in != hook_out:
+        hooks.insert(0, (AtHookPoint(hook_in), capture))
+    if match := re.match(r"blocks\.\d+\.", hook_out):
         hooks.append((AtHookPoint(f"{match[0]}hook_resid_post", optional=True), end))
     return hooks
 
@@ -128,16 +116,17 @@ def _hooks(replacing: Replacing, needs_y: bool) -> list[Hook]:
 class AtHookPoint:
     """A filter of hook points' names that is true at the one which a name means in the model that asks.
 
+    Where SAELens has attached a layer there, it is true at what leaves that layer.
+
     Args:
         name: any name that `hook_point_name` knows.
-        attached_is_wrong: whether to refuse a hook point where SAELens has attached a layer; else what
-            leaves that layer is taken.
+        check: called with a model when it asks for the first time; it may raise.
         optional: whether a model may lack it.
     """
 
-    def __init__(self, name: str, attached_is_wrong: bool = False, optional: bool = False) -> None:
+    def __init__(self, name: str, check: Callable[[Any], None] | None = None, optional: bool = False) -> None:
         self.name = name
-        self.attached_is_wrong = attached_is_wrong
+        self.check = check
         self.optional = optional
         block = re.match(r"blocks\.\d+\.", name)
         self._prefix = block[0] if block else ""
@@ -147,11 +136,6 @@ class AtHookPoint:
         if not name.startswith(self._prefix):
             return False
         point = self._in_the_model_that_asks()
-        if name.startswith(f"{point}.hook_sae_") and self.attached_is_wrong:
-            raise ValueError(
-                f"a layer is attached at {self.name}: take it away with model.reset_saes() first, for the "
-                "MLP's own output is needed."
-            )
         return name in (point, f"{point}.hook_sae_output")
 
     def _in_the_model_that_asks(self) -> str:
@@ -159,6 +143,8 @@ class AtHookPoint:
         if model is None:
             return self.name
         if model not in self._resolved:
+            if self.check is not None:
+                self.check(model)
             try:
                 self._resolved[model] = hook_point_name(model, self.name)
             except ValueError:
@@ -180,29 +166,55 @@ def _model_that_asks(frame: FrameType | None) -> Any | None:
     return None
 
 
-class Replaced:
-    """replacement(x, y) in the place of y, the MLP's own output, from `begin` to `end`.
+class Replaced(AbstractContextManager[None]):
+    """replacement(x, y) in the place of y, the MLP's own output, in every forward pass of a with block.
 
-    By hooks of PyTorch's own: what SAELens has attached at the output is passed over, hooks at the input
-    come before it, and hooks at the output see what it leaves. After `end` the hooks do nothing, wherever an
-    interrupt may have left them.
+    By hooks of PyTorch's own: what SAELens has attached at the output is passed over, and of other hooks
+    there those set earlier change y and those set later see what this leaves. After the with block the hooks
+    do nothing, wherever an interrupt may have left them.
 
     Args:
-        hook_in, hook_out: hook points by the model's own names for them.
-        replacement: as for `paired_hooks`.
+        model: any hooked model.
+        hook_in, hook_out: the hook points of x and of y; for an ordinary SAE they are one.
+        replacement: called with x and y at every forward pass.
+        is_first: whether hooks set earlier, too, see what this leaves.
+
+    Raises:
+        ValueError: the model has no such hook points; at the end of the with block, if no forward pass has
+            run them.
     """
 
-    def __init__(self, hook_in: str, hook_out: str, replacement: Replacement) -> None:
+    def __init__(
+        self, model: Any, hook_in: str, hook_out: str, replacement: Replacement, is_first: bool = False
+    ) -> None:
+        self._model = model
+        self._is_first = is_first
+        self._points = hook_point_name(model, hook_in), hook_point_name(model, hook_out)
         self._replacing = Replacing(hook_in, hook_out, replacement)
         self._ends: list[Callable[[], None]] = []
         self._is_on = False
 
-    def begin(self, model: Any) -> None:
-        hook_in, hook_out = self._replacing.hook_in, self._replacing.hook_out
+    def __enter__(self) -> None:
+        try:
+            self.begin()
+        except BaseException:
+            self.end()
+            raise
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.end()
+        finally:  # an interrupt may have come meanwhile
+            self.end()
+        if kind is None:
+            self._replacing.check_done()
+
+    def begin(self) -> None:
         self._is_on = True
-        if hook_in != hook_out:
-            self._ends.append(listen(module_at(model, hook_in), self._capture))
-        self._ends.append(listen(module_at(model, hook_out), self._replace, prepend=True))
+        point_in, point_out = self._points
+        if point_in != point_out:
+            self._ends.append(listen(module_at(self._model, point_in), self._capture))
+        self._ends.append(listen(module_at(self._model, point_out), self._replace, self._is_first))
 
     def end(self) -> None:
         self._is_on = False
@@ -214,26 +226,7 @@ class Replaced:
         if self._is_on:
             self._replacing.capture(x)
 
-    def _replace(self, _module: Any, args: tuple[Tensor, ...], _y: Tensor) -> Tensor | None:
-        return self._replacing.output(args[0]) if self._is_on else None
-
-
-@contextmanager
-def replaced(model: Any, hook_in: str, hook_out: str, replacement: Replacement) -> Iterator[None]:
-    """replacement(x, y) in the place of y, the MLP's own output, in every forward pass of the with block.
-
-    What SAELens has attached at the output is passed over.
-
-    Args:
-        model: any hooked model.
-        hook_in, hook_out, replacement: as for `paired_hooks`.
-
-    Raises:
-        ValueError: the model has no such hook points.
-    """
-    inside = Replaced(hook_point_name(model, hook_in), hook_point_name(model, hook_out), replacement)
-    try:
-        inside.begin(model)
-        yield
-    finally:
-        inside.end()
+    def _replace(self, module: Any, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
+        if not self._is_on:
+            return None
+        return self._replacing.output(args[0] if hasattr(module, "sae") else y)

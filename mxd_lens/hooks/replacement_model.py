@@ -10,7 +10,7 @@ from sae_lens import SAE
 from sae_lens.constants import SAE_CFG_FILENAME
 from torch import Tensor
 
-from mxd_lens.hooks.replace import Replacement, replaced
+from mxd_lens.hooks.replace import Replaced, Replacement
 from mxd_lens.hooks.site import block_of_layer, check_fits, hook_names
 
 
@@ -61,7 +61,7 @@ class ReplacementModel:
                 if block not in self.layers:
                     raise KeyError(f"Block {block} has no layer; those with one: {list(self.layers)}.")
                 sae = self.layers[block]
-                stack.enter_context(replaced(self.model, *hook_names(sae), _output_of(sae)))
+                stack.enter_context(Replaced(self.model, *hook_names(sae), _output_of(sae)))
             yield self.model
 
     def __call__(

@@ -274,6 +274,7 @@ class Place:
         """What intervenes, in the order of entering."""
         self.now: Pass | None = None
         """The forward pass through the block, if one is under way."""
+        self._has_edited = False
         self._replaced: Replaced | None = None
         self._watching = ExitStack()
         weakref.finalize(self, self._watching.close)
@@ -321,9 +322,9 @@ class Place:
             if place := this():
                 place._begin([*args, *kwargs.values()])
 
-        def end(*_: Any) -> None:
+        def end(_block: Any, _args: Any, output: Any) -> None:
             if place := this():
-                place._end()
+                place._end(is_complete=output is not None)
 
         def edit(_module: Any, _args: Any, feature_acts: Tensor) -> Tensor | None:
             place = this()
@@ -359,14 +360,19 @@ class Place:
             return
         self._refuse_another_thread()
         if not self._is_attached():
-            self._replaced = Replaced(self.hook_in, self.hook_out, self._forward)
-            self._replaced.begin(self.model)
-        self.now = Pass(past_length(block_inputs, self.layer))
+            self._replaced = Replaced(self.model, self.hook_in, self.hook_out, self._forward, is_first=True)
+            self._replaced.begin()
+        self.now, self._has_edited = Pass(past_length(block_inputs, self.layer)), False
 
-    def _end(self) -> None:
+    def _end(self, is_complete: bool = False) -> None:
         if self._replaced is not None:
             self._replaced.end()
-        self.now, self._replaced = None, None
+        began, self.now, self._replaced = self.now is not None, None, None
+        if began and is_complete and not self._has_edited:
+            raise ValueError(
+                f"{self.name_out} did not fire, so that nothing was steered: this model lists the hook point "
+                "and does not run it."
+            )
 
     def _forward(self, x: Tensor, _y: Tensor) -> Tensor:
         return self.sae(x.to(self.sae.W_dec.device))
@@ -374,6 +380,7 @@ class Place:
     def _edit(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Tensor | None:
         if self.now is None or threading.get_ident() != self.thread:
             return None
+        self._has_edited = True
         for intervention in self.guests.values():
             feature_acts = intervention.apply(self.now, feature_acts)
         return feature_acts

@@ -49,6 +49,9 @@ MEASURES = {
 LATER = {"kl_divergence_zero_ablated"}
 """Numbers that reports of earlier versions lack."""
 
+ENOUGH_TEXTS = 4
+"""Of different kinds, from which on a card does not warn that the text decides its numbers."""
+
 MOSTLY_EXPERTS = 0.6
 """The feature share from which on a layer's experts can be said to do most of its work."""
 
@@ -104,6 +107,7 @@ def model_card(
         "## Training",
         table(("", ""), training_rows(metadata, training)) or "Nothing is known about it.",
         "## How faithful it is",
+        *over_texts(reports or {}),
         *(report_section(sae, text, report) for text, report in (reports or {}).items()),
     ]
     if not reports:
@@ -184,6 +188,37 @@ def setting(value: Any) -> str:
     return plain(str(value))
 
 
+def over_texts(reports: Mapping[str, Report]) -> list[str]:
+    """The numbers of all texts side by side, and how far they are apart: the text decides them."""
+    if not reports:
+        return []
+    found = {plain(without_machine_paths(text)): report_numbers(report) for text, report in reports.items()}
+    few = (
+        "Texts differ in this more than layers do. How far apart the numbers are on other kinds of text is "
+        f"not known: {ENOUGH_TEXTS} texts would show it."
+    )
+    if len(found) == 1:
+        return [f"All numbers were measured on one text, {next(iter(found))}. {few}"]
+    rows = [
+        (
+            text,
+            f"{report['n_tokens']:,}",
+            *numbers(report, "normalized_mse", "normalized_mse_mean_gate", "feature_share"),
+            *numbers(report, "ce_loss_recovered"),
+        )
+        for text, report in found.items()
+    ]
+    errors, shares = (
+        sorted(report[name] for report in found.values()) for name in ("normalized_mse", "feature_share")
+    )
+    spread = (
+        f"Over {len(found)} texts the normalised MSE is from {number(errors[0])} to {number(errors[-1])}, "
+        f"and the feature share from {number(shares[0])} to {number(shares[-1])}."
+    )
+    head = ("text", "tokens", "normalised MSE", "experts mean-ablated", "feature share", "loss recovered")
+    return [spread if len(found) >= ENOUGH_TEXTS else f"{spread} {few}", table(head, rows)]
+
+
 def report_section(sae: PairedTranscoder, text: str, report: Report) -> str:
     """One text's table, and what its mean gate and shuffled gate say about the experts."""
     found = report_numbers(report)
@@ -220,8 +255,8 @@ def report_section(sae: PairedTranscoder, text: str, report: Report) -> str:
     parts = [
         f"### On {plain(without_machine_paths(text))}: {found['n_tokens']:,} tokens",
         replaced,
-        "Mean gate: the same layer, its experts' part a @ W_dec replaced by its mean over the tokens. "
-        "Shuffled gate: by that of another token of the same text.",
+        "Mean gate: the experts are mean-ablated, their coefficients replaced by the means over the tokens. "
+        "Shuffled gate: they are resampled from another token of the same text.",
         what_it_means(sae, found),
         table(
             ("", ""),
@@ -276,9 +311,16 @@ def what_it_means(sae: PairedTranscoder, found: Mapping[str, Any]) -> str:
 def usage(sae: PairedTranscoder, model_name: str, release: str, sae_id: str) -> str:
     """Code that loads the layer, attaches it and generates; and the same through SAELens."""
     cls = type(sae).__name__.removeprefix("Training")
+    module = type(sae).__module__
+    imported, known = f"from mxd_lens import {cls}, load_model", "mxd_lens  # makes its architectures"
+    if not module.startswith("mxd_lens."):
+        imported, known = (
+            f"from {module} import {cls}\nfrom mxd_lens import load_model",
+            f"{module}  # makes it",
+        )
     kept = "" if sae.cfg.dtype == "float32" else f", dtype={quoted(sae.cfg.dtype)}"
     return f"""```python
-from mxd_lens import {cls}, load_model
+{imported}
 
 model = load_model({quoted(model_name or "the model it was trained on")})
 layer = {cls}.from_pretrained({quoted(release)}, {quoted(sae_id)})
@@ -289,7 +331,7 @@ with model.saes(saes=[layer]):
 The same through SAELens:
 
 ```python
-import mxd_lens  # makes its architectures known to SAELens
+import {known} known to SAELens
 from sae_lens import SAE
 
 layer = SAE.from_pretrained({quoted(release)}, {quoted(sae_id)}{kept})

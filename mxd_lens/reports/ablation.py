@@ -152,7 +152,8 @@ def replacements_figure(reports: Reports) -> go.Figure:
                 row=1,
                 col=column,
             )
-    return with_legend(style(figure, 440)).update_layout(barmode="group")
+    figure.update_xaxes(tickangle=-20, tickfont_size=11)
+    return with_legend(style(figure, 460)).update_layout(barmode="group")
 
 
 def errors(reports: Reports) -> Table:

@@ -17,8 +17,8 @@ from torch import Tensor
 from typing_extensions import Self, override
 
 from mxd_lens.artifacts.identity import RunIdentity
-from mxd_lens.hooks.site import check_fires, check_free
-from mxd_lens.models import hook_point_name, special_token_ids
+from mxd_lens.hooks.site import check_free
+from mxd_lens.models import check_fires, hook_point_name, special_token_ids
 from mxd_lens.text import (
     check_vocabulary,
     load_text,

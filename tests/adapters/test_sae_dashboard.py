@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from attached import MODELS
 from layers import make_layer
 from sae_lens import logger
-from test_attach import MODELS
 from test_text import nltk_data  # noqa: F401
 
 from mxd_lens import MxD, TopKTranscoder, expert_statistics

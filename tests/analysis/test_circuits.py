@@ -4,9 +4,9 @@ from io import StringIO
 
 import pytest
 import torch
+from attached import MODELS, PROMPT
 from layers import make_layer
 from rich.console import Console
-from test_attach import MODELS, PROMPT
 from test_attribution import by_hand
 
 from mxd_lens import MxD, load_model

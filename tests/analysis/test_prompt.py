@@ -5,10 +5,10 @@ from io import StringIO
 
 import pytest
 import torch
+from attached import MODELS, PROMPT
 from layers import ALL_LAYERS, D_SAE, OURS, close, make_layer, skip_of, true_input, written_by
 from rich.console import Console
 from sae_lens.saes.sae import SAEMetadata
-from test_attach import MODELS, PROMPT
 
 from mxd_lens import top_experts
 from mxd_lens.models import SMOLLM2

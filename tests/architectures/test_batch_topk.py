@@ -1,16 +1,20 @@
 """The BatchTopK transcoder against its formula, written out densely."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import D_MODEL, HOOK_IN, HOOK_OUT
+from datasets import Dataset
+from runs import run_config
 from sae_lens import SAE
 from sae_lens.saes.batchtopk_sae import BatchTopK
 from sae_lens.saes.sae import TrainStepInput
 
-from mxd_lens import sparse
+from mxd_lens import TranscoderTrainingRunner, build_dashboard, evaluate, replacement_hooks, sparse
 from mxd_lens.architectures import (
     BatchTopKTranscoder,
     BatchTopKTranscoderConfig,
@@ -18,6 +22,7 @@ from mxd_lens.architectures import (
     TrainingBatchTopKTranscoderConfig,
 )
 from mxd_lens.architectures.batch_topk_transcoder import largest_of_batch
+from mxd_lens.pretrained.model_card import model_card
 
 D_IN, D_OUT, D_SAE, K, B = 6, 5, 40, 3, 50
 
@@ -113,3 +118,37 @@ def test_it_survives_saving_copying_and_saelens(tmp_path: Path) -> None:
 def test_it_needs_k() -> None:
     with pytest.raises(ValueError, match="k must be a positive integer"):
         BatchTopKTranscoderConfig(d_in=2, d_out=2, d_sae=4, k=None)
+
+
+@pytest.mark.slow
+def test_a_newcomer_trains_attaches_is_measured_and_has_its_pages(
+    tiny_model: Any, words: list[str], tmp_path: Path
+) -> None:
+    """All that a registered architecture gets without a line of its own elsewhere."""
+    text = Dataset.from_dict({"text": words[:40]})
+    layer_config = TrainingBatchTopKTranscoderConfig(d_in=D_MODEL, d_out=D_MODEL, d_sae=24, k=3)
+    settings = {"training_tokens": 60 * 16, "lr": 3e-3, "standardize_activations": True}
+    settings |= {"model_name": tiny_model.cfg.model_name, "output_path": str(tmp_path / "run")}
+    config = replace(run_config(**settings), sae=layer_config)
+    TranscoderTrainingRunner(config, text, tiny_model).run()
+    layer = SAE.load_from_disk(tmp_path / "run")
+    assert type(layer) is BatchTopKTranscoder
+    assert layer.threshold > 0
+
+    tokens = tiny_model.to_tokens("the big cat sat on the red mat")
+    _, cache = tiny_model.run_with_cache(tokens)
+    y = layer(cache[HOOK_IN])
+    expected = tiny_model.run_with_hooks(tokens, fwd_hooks=[(HOOK_OUT, lambda _, hook: y)])
+    for logits in (
+        tiny_model.run_with_saes(tokens, saes=[layer]),
+        tiny_model.run_with_hooks(tokens, fwd_hooks=replacement_hooks(layer)),
+    ):
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+    report = evaluate(tiny_model, layer, tokens, progress=False)
+    assert 0 < report.l0 <= 24
+    card = model_card(layer, {"a text": report}, release="user/repo", sae_id="layer")
+    assert "A BatchTopK transcoder" in card
+    assert f"a = threshold(relu(x @ W_enc + b_enc), {layer.threshold:.4g}, 0)" in card
+    build_dashboard(tiny_model, layer, tokens, output=tmp_path / "pages", progress=False)
+    assert list((tmp_path / "pages").rglob("*.html"))

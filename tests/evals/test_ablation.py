@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
+from attached import random_mxd
 from conftest import D_MODEL
 from planted import (
     CONTEXT,
@@ -25,7 +26,6 @@ from sae_lens import TopKSAE, TopKSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from scipy.stats import hypergeom
 from sklearn.metrics import adjusted_mutual_info_score, mutual_info_score
-from test_attach import random_mxd
 from test_faithfulness import layer
 
 import mxd_lens

@@ -5,6 +5,7 @@ from io import StringIO
 
 import pytest
 import torch
+from attached import random_mxd
 from conftest import D_MODEL, HOOK_IN, HOOK_OUT
 from datasets import Dataset
 from sae_lens import ActivationsStore, SkipTranscoder, TopKSAE, TopKSAEConfig
@@ -13,7 +14,6 @@ from sae_lens.evals import EvalConfig, run_evals
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.transcoder import SkipTranscoderConfig
 from sae_lens.training.activation_scaler import ActivationScaler
-from test_attach import random_mxd
 
 from mxd_lens import FaithfulnessReport, evaluate, load_model
 from mxd_lens.evals.faithfulness import evaluate_all

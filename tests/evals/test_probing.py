@@ -9,6 +9,7 @@ import nltk
 import numpy as np
 import pytest
 import torch
+from attached import random_mxd
 from conftest import D_MODEL, HOOK_OUT, WORDS
 from sae_lens import TopKSAE, TopKSAEConfig
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
@@ -17,7 +18,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, f1_score
 from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.preprocessing import StandardScaler
-from test_attach import random_mxd
 from test_text import DOWNLOADED
 
 from mxd_lens import MxD, MxDConfig, TopKTranscoder, TopKTranscoderConfig, load_model, sparse_probing

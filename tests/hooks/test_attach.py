@@ -2,60 +2,22 @@
 
 import pytest
 import torch
+from attached import MODELS, PROMPT, generate, greedy, random_mxd
 from conftest import D_MODEL, HOOK_IN, HOOK_OUT
 from sae_lens import SAE, SkipTranscoder, TopKSAE, TopKSAEConfig
-from sae_lens.analysis.hooked_sae_transformer import add_hook_in_to_mlp
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.transcoder import SkipTranscoderConfig
 from transformer_lens import HookedTransformer
-from transformer_lens.model_bridge import TransformerBridge
 
-from mxd_lens import MxD, MxDConfig, load_model, replacement_hooks
+from mxd_lens import MxD, load_model, replacement_hooks
 from mxd_lens.hooks.site import check_fits
 from mxd_lens.models import SMOLLM2, hook_point_name
-
-PROMPT = "the big cat sat on the red mat"
-
-
-def random_mxd(d_model: int, hook_in: str = HOOK_IN, hook_out: str = HOOK_OUT, **changes) -> MxD:
-    """A random MxD whose output is about as large as an MLP's."""
-    settings = {"d_sae": 40, "d_hidden": 32, "k": 4, "hidden_activation": "silu", "gated": True} | changes
-    mxd = MxD(
-        MxDConfig(
-            d_in=d_model,
-            d_out=d_model,
-            metadata=SAEMetadata(hook_name=hook_in, hook_name_out=hook_out),
-            **settings,
-        )
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        for parameter in mxd.parameters():
-            torch.nn.init.normal_(parameter, std=0.5)
-    return mxd.requires_grad_(False)
 
 
 @pytest.fixture
 def mxd() -> MxD:
     return random_mxd(D_MODEL)
-
-
-def plain_hooked_transformer(tiny_folder):
-    """A HookedTransformer that is no HookedSAETransformer, with the hook at the MLP's input."""
-    model = load_model(tiny_folder, model_class=HookedTransformer)
-    for block in model.blocks:
-        add_hook_in_to_mlp(block.mlp)
-    model.setup()
-    return model
-
-
-MODELS = {
-    "HookedSAETransformer": load_model,
-    "HookedTransformer": plain_hooked_transformer,
-    "SAETransformerBridge": lambda folder: load_model(folder, model_class=SAETransformerBridge),
-    "TransformerBridge": lambda folder: load_model(folder, model_class=TransformerBridge),
-}
 
 
 @pytest.fixture(params=MODELS)
@@ -180,18 +142,6 @@ def test_excluded_tokens_keep_the_mlp(tiny_model, mxd):
     y = torch.where((tokens == 1).unsqueeze(-1), cache[HOOK_OUT], mxd(cache[HOOK_IN]))
     expected = tiny_model.run_with_hooks(tokens, fwd_hooks=[(HOOK_OUT, lambda _, hook: y)])
     close(tiny_model.run_with_saes(tokens, saes=[mxd], exclude_special_tokens=True), expected)
-
-
-def greedy(model, tokens, n: int) -> torch.Tensor:
-    for _ in range(n):
-        tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(-1)], dim=1)
-    return tokens
-
-
-def generate(model, tokens, n: int) -> torch.Tensor:
-    return model.generate(
-        tokens, max_new_tokens=n, do_sample=False, stop_at_eos=False, use_past_kv_cache=True, verbose=False
-    )
 
 
 def test_generate_with_a_key_value_cache(any_model, mxd):

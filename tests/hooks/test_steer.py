@@ -4,12 +4,12 @@ import threading
 
 import pytest
 import torch
+from attached import MODELS, PROMPT, generate, greedy, random_mxd
 from conftest import D_MODEL, HOOK_IN, HOOK_OUT
 from sae_lens import JumpReLUTranscoder, SkipTranscoder, StandardSAE, StandardSAEConfig, Transcoder
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.transcoder import JumpReLUTranscoderConfig, SkipTranscoderConfig, TranscoderConfig
-from test_attach import MODELS, PROMPT, generate, greedy, random_mxd
 from transformer_lens import HookedTransformer
 
 from mxd_lens import (
@@ -25,6 +25,7 @@ from mxd_lens import (
     replacement_hooks,
     steer,
 )
+from mxd_lens.hooks.site import hook_names
 from mxd_lens.hooks.steer import _places
 from mxd_lens.models import SMOLLM2, hook_point, hook_point_name
 
@@ -300,24 +301,15 @@ def test_layers_at_once(model, mxd):
     later = random_mxd(D_MODEL, "blocks.2.mlp.hook_in", "blocks.2.hook_mlp_out", k=7, dtype="float64")
     tokens = model.to_tokens(PROMPT)
 
-    def steered(first, second):
-        def edited(sae, coefficient):
-            def forward(x, y):
-                return sae(x) + coefficient * direction(sae, x, EXPERT)
-
-            return forward
-
-        from mxd_lens.hooks.replace import paired_hooks
-
+    def steered(sae, coefficient):
+        xs = []
+        hook_in, hook_out = (hook_point_name(model, name) for name in hook_names(sae))
         return [
-            hook
-            for sae, coefficient in ((mxd, first), (later, second))
-            for hook in paired_hooks(
-                sae.cfg.metadata.hook_name, sae.cfg.metadata.hook_name_out, edited(sae, coefficient)
-            )
+            (hook_in, lambda x, hook: xs.append(x)),
+            (hook_out, lambda y, hook: sae(xs[-1]) + coefficient * direction(sae, xs[-1], EXPERT)),
         ]
 
-    expected = model.run_with_hooks(tokens, fwd_hooks=steered(2.0, -1.0))
+    expected = model.run_with_hooks(tokens, fwd_hooks=[*steered(mxd, 2.0), *steered(later, -1.0)])
     with steer(model, mxd, {EXPERT: 2.0}), steer(model, later, {EXPERT: -1.0}):
         close(model(tokens), expected)
 

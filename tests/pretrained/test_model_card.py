@@ -13,14 +13,15 @@ import pytest
 import torch
 import yaml
 from conftest import D_MODEL, HOOK_IN, HOOK_OUT
+from datasets import Dataset
 from hub_stand_in import HubStandIn
 from markdown_reader import markdown, tables_of
 from sae_lens.saes.sae import SAEMetadata
 from test_hub import NAMES, REPO, REPORT, RUN, random_layer
 
-from mxd_lens import evaluate
+from mxd_lens import MxD, evaluate
 from mxd_lens.pretrained.hub import push_to_hub
-from mxd_lens.pretrained.model_card import model_card, plain, table, training_settings
+from mxd_lens.pretrained.model_card import MEASURES, model_card, plain, table, training_settings
 from mxd_lens.text import token_sequences
 
 
@@ -162,7 +163,7 @@ def test_every_number_of_the_tables_stands_in_the_report(measured: Any) -> None:
     card = card_of(layer, {"prose": report})
     _, _, replaced, rest, largest = tables_of(card)
     cells = [cell for rows in (replaced, rest, largest) for row in rows[1:] for cell in row[1:] if cell]
-    assert len(cells) == 3 + 5 + 7 + 3 * len(report.largest_tokens)
+    assert len(cells) == 3 + 5 + len(MEASURES) + 3 * len(report.largest_tokens)
     assert set(cells) <= known
     assert replaced[0] == ["", "the layer", "mean gate", "shuffled gate", "unmodified", "zero ablated"]
     assert replaced[1][1:4] == [
@@ -224,6 +225,39 @@ def test_what_the_card_says_about_the_experts(share: float, says: str) -> None:
 )
 def test_what_is_left_without_the_experts(architecture: str, rest: str) -> None:
     assert rest in card_of(random_layer(architecture), {"prose": REPORT})
+
+
+def test_the_text_decides_the_numbers_and_the_card_shows_by_how_much() -> None:
+    def report(error: float, share: float) -> dict[str, Any]:
+        return REPORT.to_dict() | {"normalized_mse": error, "feature_share": share}
+
+    one = card_of(random_layer(), {"WikiText": report(0.18, 0.62)})
+    assert "measured on one text, WikiText" in one
+    assert "4 texts would show it" in one
+    texts = {"WikiText": (0.18, 0.62), "code": (0.25, 0.5), "French": (0.4, 0.41), "papers": (0.32, 0.3)}
+    four = card_of(random_layer(), {text: report(*numbers) for text, numbers in texts.items()})
+    assert (
+        "Over 4 texts the normalised MSE is from 0.180 to 0.400, and the feature share from 0.300 to 0.620."
+        in four
+    )
+    assert "would show it" not in four
+    _, *rows = next(table for table in tables_of(four) if table[0][0] == "text")
+    assert [row[0] for row in rows] == list(texts)
+    assert [row[2] for row in rows] == ["0.180", "0.250", "0.400", "0.320"]
+
+
+def test_an_architecture_of_somebody_elses_has_a_card_that_says_nothing_false() -> None:
+    class Squared(MxD):
+        def hidden(self, x: torch.Tensor) -> torch.Tensor:
+            return super().hidden(x) ** 2
+
+    Squared.__module__ = "somebody.layers"
+    layer = random_layer()
+    card = card_of(Squared(layer.cfg))
+    assert "its code does not state the formula" in card
+    assert "z = gelu(" not in card
+    assert "from somebody.layers import Squared" in card
+    assert "import somebody.layers  # makes it known to SAELens" in card
 
 
 def test_a_layer_that_was_not_judged() -> None:
@@ -343,7 +377,8 @@ def test_the_sentences_are_about_the_layer(smollm2: Any) -> None:
     )
     layer = random_layer("topk_transcoder", d_in=576, d_out=576, metadata=metadata)
     layer.W_dec.data.zero_()
-    tokens = token_sequences(smollm2, [{"text": "The cat sat on the mat. " * 20}], 1, 32)
+    text = Dataset.from_dict({"text": ["The cat sat on the mat. " * 20]})
+    tokens = token_sequences(smollm2, text, 1, 32)
     card = card_of(layer, {"a cat": evaluate(smollm2, layer, tokens, progress=False)})
     assert "the features explain nothing that a constant alone would not" in card
     assert metadata_of(card)["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"

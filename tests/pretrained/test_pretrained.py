@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from attached import any_model, close, expected_logits, random_mxd, sae_model  # noqa: F401
 from conftest import D_MODEL, HOOK_IN, HOOK_OUT
 from rich.console import Console
 from sae_lens import SAE
@@ -13,7 +14,6 @@ from sae_lens.loading.pretrained_sae_loaders import load_sae_config_from_hugging
 from sae_lens.saes import transcoder as saelens
 from sae_lens.saes.sae import SAEMetadata
 from safetensors.torch import save_file
-from test_attach import any_model, close, expected_logits, random_mxd, sae_model  # noqa: F401
 
 from mxd_lens import (
     JumpReLUSkipTranscoder,

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from attached import MODELS, PROMPT
 from command_line import run
 from conftest import HOOK_OUT
 from layers import make_layer, skip_of, written_by
-from test_attach import MODELS, PROMPT
 from torch.nn import functional as F
 
 from mxd_lens import MxD, replacement_hooks

@@ -126,7 +126,6 @@ class SecondPass:
     ) -> None:
         self.model, self.sae, self.firings, self.chosen, self.cfg = model, sae, firings, chosen, cfg
         self.norm = read_norm(model.ln_final, model.W_U)
-        self.mean_reader = model.W_U.mean(-1, dtype=torch.float64)
         self.fires = [slot for slot in range(len(chosen)) if len(firings.of(slot)[0])]
         self.unit_sums = torch.zeros(len(chosen), sae.cfg.d_in, dtype=torch.float64)
         peaks = [(slot, place) for slot in self.fires for place in chosen[slot].top]
@@ -151,6 +150,9 @@ class SecondPass:
         if ids and k and len(sae.b_dec) == len(W_U):
             up, down = extreme_logits(model, self.firings.statistics.mean_direction(ids), k)
             self.mean_logits, self.token_ids = (torch.cat(pair, dim=1) for pair in zip(up, down, strict=True))
+        # What reads the residual stream for each of these tokens, less the mean over the vocabulary.
+        found, self.reader_of = self.token_ids.unique(return_inverse=True)
+        self.readers = W_U.T[found.to(W_U.device)].double() - W_U.mean(-1, dtype=torch.float64)
 
     def read(self, tokens: Int[Tensor, "sequences positions"], kept: Kept, progress: bool) -> None:
         """Go through the sequences in which anything is needed."""
@@ -200,8 +202,7 @@ class SecondPass:
         device, W_U = parts.experts.device, self.model.W_U
         experts = torch.tensor(self.firings.experts, device=device)[torch.from_numpy(slots).to(device)]
         written = parts.written_by(token_of.to(device), experts).to(W_U.device)
-        token_ids = self.token_ids[np.searchsorted(self.fires, slots)].to(W_U.device)
-        readers = W_U.T[token_ids].double() - self.mean_reader
+        readers = self.readers[self.reader_of[np.searchsorted(self.fires, slots)].to(W_U.device)]
         return torch.einsum("nd,ntd->nt", self.norm.before_scale(written.double()), readers).cpu()
 
     # What was found
