@@ -13,6 +13,7 @@ e_p / pre_m * e for each part p with the effect e_p on pre_m, what else is in m'
 fixed. Going on like this, `strongest_paths` follows a pre-activation back to heads and embeddings.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,8 @@ class Effect:
     """The direct effect of one summand of the residual stream."""
 
     part: str
-    """embedding, head, attention bias, mlp, expert, skip, bias, error, or gate bias."""
+    """embedding, head, attention bias, mlp, expert, skip, bias, error, gate bias, or rounding: what the
+    activations of a model in half precision lost."""
     layer: int | None
     """The block it belongs to; None for the embedding."""
     index: int | None
@@ -186,6 +188,8 @@ class Stream:
     """b_O of the same blocks; None where there is none."""
     inputs: dict[int, Float[Tensor, " d_in"]]
     """Each layer's input, by the layer's id()."""
+    dtype: torch.dtype
+    """The coarsest of the activations."""
 
     @classmethod
     def of(
@@ -197,11 +201,13 @@ class Stream:
         mixed = [hook_point_name(model, f"blocks.{block}.attn.hook_z") for block in range(n_attention)]
         inputs = {id(sae): input_hook(model, sae) for sae in saes}
         captured: dict[str, Tensor] = {}
+        dtypes: set[torch.dtype] = set()
 
         def capturing(name: str) -> tuple[str, Callable[..., None]]:
             # A hook's own name may be another than the one it was asked for by.
             def capture(activation: Tensor, hook: Any) -> None:  # noqa: ARG001
                 captured[name] = activation[0, position].double()
+                dtypes.add(activation.dtype)
 
             return name, capture
 
@@ -226,6 +232,7 @@ class Stream:
             heads,
             biases,
             {key: captured[name] for key, name in inputs.items()},
+            max(dtypes, key=lambda dtype: torch.finfo(dtype).eps),
         )
 
     def attention(self, block: int) -> Float[Tensor, " d_model"]:
@@ -244,10 +251,7 @@ class Stream:
         n_attention = at if _side_by_side(self.model) else at + 1
         r = self.before[at] + (self.attention(at) if n_attention > at else 0)
         x = self.inputs[id(sae)]
-        block_of_mlp = self.model.blocks[at]
-        # Phi, GPT-J and Falcon have one norm for attention and MLP.
-        norm_of_mlp = block_of_mlp.ln2 if hasattr(block_of_mlp, "ln2") else block_of_mlp.ln1
-        norm, scale = _norm_and_scale(norm_of_mlp, r, x)
+        norm, scale = _norm_and_scale(_norm_before_mlp(self.model.blocks[at]), r, x, self.dtype)
         gate = sae.W_enc[:, n].double()
         reading = norm.weight * gate / scale
         if norm.centres:
@@ -268,8 +272,12 @@ class Stream:
                 effects.append(Effect("attention bias", block, None, (bias @ reading).item()))
         for block in range(at):
             effects += self._of_mlp(block, earlier.get(block), reading)
+        pre_activation = (gate @ x + gate_bias).item()
+        if torch.finfo(self.dtype).bits < 32:
+            rest = pre_activation - sum(e.effect for e in effects)
+            effects.append(Effect("rounding", at, None, rest))
         effects.sort(key=lambda e: -abs(e.effect))
-        return effects, (gate @ x + gate_bias).item()
+        return effects, pre_activation
 
     def _of_mlp(self, block: int, sae: SAE[Any] | None, reading: Float[Tensor, " d_model"]) -> list[Effect]:
         written = self.mlp(block)
@@ -301,25 +309,37 @@ def _side_by_side(model: Any) -> bool:
     return bool(getattr(model.cfg, "parallel_attn_mlp", False))
 
 
+def _norm_before_mlp(block: Any) -> Any:
+    """The norm that the block's MLP reads; a parallel block may have one for attention and MLP together."""
+    return block.ln2 if hasattr(block, "ln2") else block.ln1
+
+
 def _norm_and_scale(
-    module: Any, r: Float[Tensor, " d_model"], x: Float[Tensor, " d_in"]
+    module: Any, r: Float[Tensor, " d_model"], x: Float[Tensor, " d_in"], dtype: torch.dtype
 ) -> tuple[Norm, Float[Tensor, ""]]:
     """The norm that makes x of r, and its scale there.
 
-    A hook point may be before or after the norm's weight and bias: whichever is right gives x.
+    A hook point may be before or after the norm's weight and bias: of the two, the one that gives x. Both
+    were rounded to `dtype`, that of the model, and so was what they were made of.
     """
     like = next(iter(module.parameters()), r)
     weight, bias, centres = read_norm(module, r.to(like.dtype))
     whole = Norm(weight.double(), bias.double(), centres)
+    found: list[tuple[float, Norm, Tensor]] = []
     for norm in (whole, Norm(torch.ones_like(r), torch.zeros_like(r), centres)):
         unscaled, target = norm.before_scale(r), x - norm.bias if len(x) == len(r) else x
         if len(x) == len(r) and unscaled @ target > 0:
             scale = (unscaled @ unscaled) / (unscaled @ target)
-            if (unscaled / scale - target).norm() < 1e-3 * target.norm():
-                return norm, scale
+            misfit = (unscaled / scale - target).norm() / target.norm()
+            found.append((misfit.item(), norm, scale))
+    allowed = max(1e-3, 8 * torch.finfo(dtype).eps)
+    misfit, norm, scale = min(found, key=lambda one: one[0], default=(math.inf, whole, r.new_ones(())))
+    if misfit < allowed:
+        return norm, scale
     raise ValueError(
-        "this layer's input is not the normalised residual stream that the MLP reads: only there does what "
-        "was written earlier add up."
+        "This layer's input is not the normalised residual stream that the MLP reads: only there does what "
+        f"was written earlier add up. The nearest norm misses it by {misfit:.1%}, and {allowed:.1%} are "
+        f"allowed for a model in {str(dtype).removeprefix('torch.')}."
     )
 
 

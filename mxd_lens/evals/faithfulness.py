@@ -4,11 +4,12 @@ import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_origin
 
 import torch
+from jaxtyping import Bool, Float
 from sae_lens import SAE, logger
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -38,7 +39,14 @@ MEANINGS = {
     "silent_fraction": "experts that never fired on this text",
 }
 """What the numbers of the second table mean."""
-OPTIONAL = {"kl_divergence_zero_ablated", "text_name", "text_hash", "provenance"}
+OPTIONAL = {
+    "kl_divergence_zero_ablated",
+    "text_name",
+    "text_hash",
+    "provenance",
+    "normalized_mse_by_sequence",
+    "ce_added_by_sequence",
+}
 """Fields that reports of earlier versions lack."""
 
 
@@ -108,6 +116,10 @@ class FaithfulnessReport(Tabular):
     provenance: str = UNKNOWN
     """"held-out" only where the layer's record of its training proves that no row of the text was in it;
     "seen in training" where one was; "unknown" otherwise."""
+    normalized_mse_by_sequence: list[float] = field(default_factory=list)
+    """The mean over each sequence's counted tokens, for `mxd_lens.evals.intervals`."""
+    ce_added_by_sequence: list[float] = field(default_factory=list)
+    """ce_loss_replaced - ce_loss of each sequence."""
 
     @property
     def dead_fraction(self) -> float:
@@ -318,6 +330,14 @@ def share(part: float, whole: float) -> float:
     return part / whole if whole else math.nan
 
 
+def means_of(
+    values: Float[Tensor, " tokens"], where: Sequence[Bool[Tensor, "sequences positions"]]
+) -> list[float]:
+    """The mean of each sequence's values, which lie one after another; sequences without any are left out."""
+    counts = [n for mask in where for n in mask.sum(1).tolist()]
+    return [part.mean().item() for part in values.double().split(counts) if len(part)]
+
+
 class LayerScores:
     """One layer under evaluation: its measurements, and what its experts do on the text."""
 
@@ -408,6 +428,10 @@ class LayerScores:
             model_name=model.cfg.model_name,
             hook_name=self.target.hook_name,
             hook_name_out=self.target.hook_name_out,
+            normalized_mse_by_sequence=means_of(ratio, [f.counted(self.target) for f in forwards]),
+            ce_added_by_sequence=means_of(
+                self.replaced.losses - unmodified.losses, [f.predicting(self.target) for f in forwards]
+            ),
             provenance=UNKNOWN,
             **about,
         )

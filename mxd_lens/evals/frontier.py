@@ -28,12 +28,15 @@ from mxd_lens.architectures.base import transcoder_parameters
 from mxd_lens.artifacts.files import write_json
 from mxd_lens.artifacts.tables import Cell, Table, Tabular
 from mxd_lens.evals.faithfulness import FaithfulnessReport, evaluate_all
+from mxd_lens.evals.intervals import difference, mean_interval
 from mxd_lens.evals.recipes import RECIPES, Recipe
 from mxd_lens.training.checkpoints import complete_checkpoints
 from mxd_lens.training.multi_runner import MultiTranscoderTrainingRunner
 from mxd_lens.training.runner import TranscoderRunnerConfig, read_json, then_and_now
 
 FRONTIER_FILENAME = "frontier.json"
+BASELINE = "topk_skip_transcoder"
+"""What the others are compared with, sequence by sequence."""
 ORDER_SEED = 0
 """Of the order of tokens, the same for every layer."""
 
@@ -187,9 +190,45 @@ class Frontier(Tabular):
         ]
         return [point.reports[text] for point in sorted(found, key=lambda point: point.k)]
 
+    def _differences(self, text: str) -> list[Table]:
+        """Every architecture against the skip transcoder on the same sequences; nothing without sequences."""
+        rows: list[list[Cell]] = []
+        for layer, k in sorted({(point.layer, point.k) for point in self.points}):
+            (baseline, *_) = [*self.select(text, layer, BASELINE, k), None]
+            for architecture in self.settings["labels"]:
+                for report in self.select(text, layer, architecture, k)[:1]:
+                    if baseline is None or len(baseline.normalized_mse_by_sequence) < 2:
+                        continue
+                    ours, theirs = (
+                        (torch.tensor(r.normalized_mse_by_sequence), torch.tensor(r.ce_added_by_sequence))
+                        for r in (report, baseline)
+                    )
+                    rows.append(
+                        [
+                            layer,
+                            k,
+                            architecture,
+                            str(mean_interval(ours[0])),
+                            str(difference(ours[0], theirs[0])),
+                            str(difference(ours[1], theirs[1])),
+                        ]
+                    )
+        columns = [
+            "block",
+            "K",
+            "architecture",
+            "normalised MSE",
+            "minus skip transcoder",
+            "added nats, minus",
+        ]
+        title = (
+            f"Against the {BASELINE} on {text}: means and 95 % bootstrap intervals over sequences, first seed"
+        )
+        return [Table(columns, rows, title)] if rows else []
+
     @property
     def tables(self) -> list[Table]:
-        """A table for each held-out text, and one of what failed."""
+        """Two tables for each held-out text, and one of what failed."""
         points = sorted(self.points, key=lambda point: (point.layer, point.k))
         tables = []
         for text in self.texts:
@@ -210,6 +249,7 @@ class Frontier(Tabular):
             columns = ["block", "K", "architecture", "parameters", "normalised MSE", "feature share"]
             title = f"Sparsity-accuracy frontier of {self.settings['model_name']} on {text}"
             tables.append(Table([*columns, "added nats", "silent"], rows, title))
+            tables += self._differences(text)
         failed: list[list[Cell]] = [[p.layer, p.k, p.architecture, p.failure] for p in points if p.failure]
         if failed or not tables:
             tables.append(Table(["block", "K", "architecture", "failure"], failed, "Runs that failed"))

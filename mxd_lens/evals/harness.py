@@ -208,8 +208,13 @@ class Measurement:
         return self.ratio.mean().item()
 
     @property
+    def losses(self) -> Float[Tensor, " predictions"]:
+        """The cross-entropy of every prediction."""
+        return torch.cat(self._losses).double()
+
+    @property
     def ce_loss(self) -> float:
-        return torch.cat(self._losses).double().mean().item()
+        return self.losses.mean().item()
 
     @property
     def kl_divergence(self) -> float:

@@ -9,6 +9,7 @@ from conftest import D_MODEL
 from layers import make_layer, skip_of, true_input, written_by
 from rich.console import Console
 from sae_lens.analysis.hooked_sae_transformer import add_hook_in_to_mlp
+from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import AutoModelForCausalLM
 
@@ -225,3 +226,90 @@ def test_on_the_real_model(smollm2):
     assert len(found.effects) == 2 + 13 * 9 + 10 + 2 * (4 + 2)
     size = sum(abs(e.effect) for e in found.effects)
     assert total(found) == pytest.approx(found.pre_activation, abs=1e-5 * size)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["HookedSAETransformer", "SAETransformerBridge"])
+def test_a_model_in_half_precision(tiny_folder, kind, dtype):
+    """Its effects are those of the same model in float32, but for the rounding, which is a row."""
+    model = MODELS[kind](tiny_folder)
+    later = make_layer("mxd, k", "float32", layer=2)
+    tokens = model.to_tokens(PROMPT)[0]
+    precise = direct_effects(model, later, 3, tokens)
+    rounded = direct_effects(model.to(dtype), later, 3, tokens)
+    assert total(rounded) == pytest.approx(rounded.pre_activation, abs=1e-9)
+    known, found = by_name(precise), by_name(rounded)
+    assert found.keys() - known.keys() == {("rounding", 2, None)}
+    size = sum(abs(effect) for effect in known.values())
+    for name, effect in known.items():
+        assert found[name] == pytest.approx(effect, abs=0.05 * size), name
+
+
+def test_what_is_no_normalised_stream_is_refused_in_half_precision_too(tiny_folder):
+    layer = make_layer("mxd, k", "float32", layer=2)
+    layer.cfg.metadata.hook_name = "blocks.1.mlp.hook_in"
+    with pytest.raises(ValueError, match=r"residual stream.*6\.2% are allowed.*bfloat16"):
+        direct_effects(load_model(tiny_folder, dtype=torch.bfloat16), layer, 3, PROMPT)
+
+
+PARALLEL = {
+    "gptj": {
+        "n_embd": D_MODEL,
+        "n_layer": 3,
+        "n_head": 2,
+        "rotary_dim": 4,
+        "n_positions": 64,
+        "n_inner": 32,
+    },
+    "phi": {
+        "hidden_size": D_MODEL,
+        "intermediate_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+    },
+    "falcon": {
+        "hidden_size": D_MODEL,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "parallel_attn": True,
+        "new_decoder_architecture": False,
+        "bias": False,
+    },
+}
+
+
+@pytest.mark.parametrize("family", PARALLEL)
+def test_parallel_blocks_on_a_bridge(family, tiny_folder, tmp_path):
+    """Attention and MLP read one norm: effects from the modules of transformers' own model."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    torch.manual_seed(0)
+    theirs = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, vocab_size=21, **PARALLEL[family]), dtype=torch.float32
+    )
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    folder = tmp_path / f"tiny-{family}"
+    theirs.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(folder)
+    model = load_model(folder, model_class=SAETransformerBridge)
+    layer = make_layer("topk_transcoder, k", "float32", layer=2)
+    tokens = model.to_tokens(PROMPT)[0]
+    found = by_name(effects := direct_effects(model, layer, 3, tokens, position=4))
+    assert total(effects) == pytest.approx(effects.pre_activation, rel=1e-4, abs=1e-5)
+
+    kept = {}
+    blocks = next(v for v in theirs.modules() if isinstance(v, torch.nn.ModuleList) and len(v) == 3)
+    norm = getattr(blocks[2], "ln_1", None) or blocks[2].input_layernorm
+    for i, block in enumerate(blocks):
+        block.mlp.register_forward_hook(lambda *a, i=i: kept.__setitem__(i, a[2][0, 4].double()))
+    norm.register_forward_hook(lambda *a: kept.update(r=a[1][0][0, 4].double(), x=a[2][0, 4].double()))
+    with torch.no_grad():
+        theirs.eval()(tokens[None])
+    gate = layer.W_enc[:, 3].double()
+    scale = (kept["r"].var(correction=0) + norm.eps).sqrt()
+    for i in (0, 1):
+        written = kept[i] - kept[i].mean()
+        expected = gate @ (norm.weight.double() * written / scale)
+        assert found["mlp", i, None] == pytest.approx(expected.item(), rel=1e-3, abs=1e-4)
+    assert effects.pre_activation == pytest.approx((gate @ kept["x"] + layer.b_enc[3]).item(), rel=1e-4)

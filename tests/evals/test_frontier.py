@@ -65,8 +65,18 @@ def test_every_point_is_there_and_is_what_evaluate_says(sweep, tiny_model, held_
     assert reports(Frontier.load(tmp_path / "sweep")) == reports(result)
 
 
-def test_sizes_are_matched(sweep) -> None:
+def test_sizes_are_matched_and_every_error_has_its_interval(sweep) -> None:
     result = sweep(layers=[1], ks=[2])
+    for text in result.texts:
+        (table,) = (t for t in result.tables if t.title.startswith("Against") and text in t.title)
+        assert [row[2] for row in table.rows] == list(result.settings["labels"])
+        (baseline,) = (row for row in table.rows if row[2] == "topk_skip_transcoder")
+        assert baseline[4] == "0.000 [0.000, 0.000]"
+        for row, point in zip(table.rows, result.points, strict=True):
+            report = point.reports[text]
+            assert str(row[3]).startswith(f"{report.normalized_mse:.3f} [")
+            added = report.ce_loss_replaced - report.ce_loss
+            assert sum(report.ce_added_by_sequence) / len(report.ce_added_by_sequence) == pytest.approx(added)
     counts = {point.architecture: point.n_parameters for point in result.points}
     transcoder = counts["topk_transcoder"]
     assert transcoder == 60 * (2 * D_MODEL + 1) + D_MODEL
