@@ -16,6 +16,7 @@ import huggingface_hub
 import pytest
 from chat_stand_in import ChatStandIn
 from hub_stand_in import OWNER_TOKEN, HubStandIn
+from tiny import D_MODEL, WORDS, use_hub
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -23,11 +24,6 @@ from mxd_lens.models import SMOLLM2, is_packaged, load_model
 
 # Threads that wait for each other cost these small tests more than they bring.
 torch.set_num_threads(1)
-
-SENTENCES = "the a cat dog sat ran on under mat hill and then it was big small red blue"
-WORDS = SENTENCES.split(" ")
-D_MODEL = 16
-HOOK_IN, HOOK_OUT = "blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -74,6 +70,22 @@ def tiny_model(tiny_folder: Path):
     return load_model(tiny_folder)
 
 
+@pytest.fixture(
+    params=["HookedTransformer", "HookedSAETransformer", "TransformerBridge", "SAETransformerBridge"]
+)
+def any_model(request, tiny_folder):
+    from attached import MODELS
+
+    return MODELS[request.param](tiny_folder)
+
+
+@pytest.fixture(params=["HookedSAETransformer", "SAETransformerBridge"])
+def sae_model(request, tiny_folder):
+    from attached import MODELS
+
+    return MODELS[request.param](tiny_folder)
+
+
 @pytest.fixture(scope="session")
 def smollm2():
     """SmolLM2-135M-Instruct as a HookedSAETransformer."""
@@ -105,19 +117,3 @@ def endpoint() -> Iterator[ChatStandIn]:
     """A stand-in for an OpenAI-compatible server."""
     with ChatStandIn() as stand_in:
         yield stand_in
-
-
-def use_hub(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    """Sends huggingface_hub, which reads its settings when it is imported, to `url`."""
-    huggingface_hub.close_session()
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
-    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", url)
-    monkeypatch.setattr(
-        huggingface_hub.constants,
-        "HUGGINGFACE_CO_URL_TEMPLATE",
-        url + "/{repo_id}/resolve/{revision}/{filename}",
-    )
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)  # between its retries

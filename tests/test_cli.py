@@ -13,9 +13,9 @@ import pytest
 import torch
 import typer
 from command_line import run
-from conftest import D_MODEL, HOOK_IN, HOOK_OUT
 from sae_lens import LoggingConfig
 from sae_lens.util import get_special_token_ids
+from tiny import D_MODEL, HOOK_IN, HOOK_OUT
 from typer.main import get_command
 
 import mxd_lens

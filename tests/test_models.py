@@ -12,9 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import HOOK_IN, HOOK_OUT
 from sae_lens import HookedSAETransformer
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+from tiny import HOOK_IN, HOOK_OUT
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,

@@ -12,10 +12,10 @@ import datasets
 import nltk
 import pytest
 import torch
-from conftest import WORDS
 from datasets import Dataset, DatasetDict
 from runs import run_config
 from sae_lens import HookedSAETransformer
+from tiny import WORDS
 
 from mxd_lens import PairedActivationsStore
 from mxd_lens.text import (

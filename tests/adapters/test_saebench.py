@@ -11,11 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from attached import random_mxd
-from conftest import D_MODEL, HOOK_IN, HOOK_OUT
 from sae_lens import SkipTranscoder, TopKSAE, TopKSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.transcoder import SkipTranscoderConfig
 from test_probing import planted_texts, planted_transcoder
+from tiny import D_MODEL, HOOK_IN, HOOK_OUT
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformer_lens import HookedTransformer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from conftest import D_MODEL, HOOK_OUT
 from datasets import Dataset
 from planted import PlantedModel, planted_tokens, planted_transcoder
 from sae_lens import ActivationsStore, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
 from sae_lens.evals import get_eval_everything_config, run_evals
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.training.activation_scaler import ActivationScaler
+from tiny import D_MODEL, HOOK_OUT
 
 from mxd_lens import evaluate
 from mxd_lens.adapters.saelens_metrics import saelens_metrics

@@ -5,11 +5,11 @@ from io import StringIO
 import pytest
 import torch
 from attached import MODELS, PROMPT
-from conftest import D_MODEL
 from layers import make_layer, skip_of, true_input, written_by
 from rich.console import Console
 from sae_lens.analysis.hooked_sae_transformer import add_hook_in_to_mlp
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+from tiny import D_MODEL
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import AutoModelForCausalLM
 

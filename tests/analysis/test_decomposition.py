@@ -3,9 +3,9 @@
 import pytest
 import torch
 from attached import MODELS, PROMPT
-from conftest import D_MODEL
 from layers import ALL_LAYERS, D_SAE, close, make_layer, skip_of, true_input, written_by
 from sae_lens import TopKSAE, TopKSAEConfig
+from tiny import D_MODEL
 
 from mxd_lens.analysis.decomposition import contributions, decompose, writes_directions
 from mxd_lens.analysis.firings import layer_input

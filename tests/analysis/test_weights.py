@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from attached import MODELS
-from conftest import D_MODEL, HOOK_OUT
 from layers import ALL_LAYERS, D_SAE, LAYERS, close, make_layer, skip_of, true_input, written_by
 from rich.console import Console
+from tiny import D_MODEL, HOOK_OUT
 
 from mxd_lens import ExpertStatistics, MxD, SkipMxD, expert_statistics, load_model, logit_lens
 from mxd_lens.analysis.logit_lens import LogitLens, direction_logits, read_norm

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import D_MODEL, HOOK_IN, HOOK_OUT
 from datasets import Dataset
 from runs import run_config
 from sae_lens import SAE
 from sae_lens.saes.batchtopk_sae import BatchTopK
 from sae_lens.saes.sae import TrainStepInput
+from tiny import D_MODEL, HOOK_IN, HOOK_OUT
 
 from mxd_lens import TranscoderTrainingRunner, build_dashboard, evaluate, replacement_hooks, sparse
 from mxd_lens.architectures import (

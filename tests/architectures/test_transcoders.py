@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import D_MODEL, HOOK_IN, HOOK_OUT
 from sae_lens import SAE, SkipTranscoder, TrainingSAE, Transcoder
 from sae_lens.saes.sae import SAEMetadata
 from small_layers import sizes_of
 from test_mxd import step_input
+from tiny import D_MODEL, HOOK_IN, HOOK_OUT
 
 import mxd_lens
 from mxd_lens import MxD, SkipMxD, TopKSkipTranscoder, TopKTranscoder, replacement_hooks

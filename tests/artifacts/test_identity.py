@@ -62,8 +62,8 @@ def test_dtype_shape_and_name_count_and_layout_does_not():
 
 
 def test_a_layer_attached_to_the_model_does_not_count(tiny_model, tiny_folder):
-    from conftest import HOOK_IN, HOOK_OUT
     from sae_lens.saes.sae import SAEMetadata
+    from tiny import HOOK_IN, HOOK_OUT
 
     from mxd_lens import TopKTranscoder, TopKTranscoderConfig
 

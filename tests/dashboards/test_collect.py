@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from attached import MODELS
-from conftest import D_MODEL
 from layers import D_SAE, LAYERS, make_layer, skip_of, true_input, written_by
 from sae_lens import TopKSAE, TopKSAEConfig
+from tiny import D_MODEL
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from attached import random_mxd
-from conftest import D_MODEL
 from planted import (
     CONTEXT,
     D_OUT,
@@ -27,6 +26,7 @@ from sae_lens.saes.sae import SAEMetadata
 from scipy.stats import hypergeom
 from sklearn.metrics import adjusted_mutual_info_score, mutual_info_score
 from test_faithfulness import layer
+from tiny import D_MODEL
 
 import mxd_lens
 from mxd_lens import MxD, TopKTranscoder

@@ -6,7 +6,6 @@ from io import StringIO
 import pytest
 import torch
 from attached import random_mxd
-from conftest import D_MODEL, HOOK_IN, HOOK_OUT
 from datasets import Dataset
 from sae_lens import ActivationsStore, SkipTranscoder, TopKSAE, TopKSAEConfig
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
@@ -14,6 +13,7 @@ from sae_lens.evals import EvalConfig, run_evals
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.transcoder import SkipTranscoderConfig
 from sae_lens.training.activation_scaler import ActivationScaler
+from tiny import D_MODEL, HOOK_IN, HOOK_OUT
 
 from mxd_lens import FaithfulnessReport, evaluate, load_model
 from mxd_lens.evals.faithfulness import evaluate_all

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import D_MODEL
 from datasets import Dataset
 from sae_lens import SAE, HookedSAETransformer
+from tiny import D_MODEL
 
 from mxd_lens import evaluate, frontier, matched_n_experts
 from mxd_lens.architectures import matched_n_features

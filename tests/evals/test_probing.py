@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from attached import random_mxd
-from conftest import D_MODEL, HOOK_OUT, WORDS
 from sae_lens import TopKSAE, TopKSAEConfig
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from sae_lens.saes.sae import SAEMetadata
@@ -19,6 +18,7 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.preprocessing import StandardScaler
 from test_text import DOWNLOADED
+from tiny import D_MODEL, HOOK_OUT, WORDS
 
 from mxd_lens import MxD, MxDConfig, TopKTranscoder, TopKTranscoderConfig, load_model, sparse_probing
 from mxd_lens.evals.probing import tasks as probing_tasks

@@ -10,8 +10,8 @@ import pytest
 import torch
 from attached import MODELS, random_mxd
 from chat_stand_in import ChatStandIn
-from conftest import D_MODEL
 from rich.console import Console
+from tiny import D_MODEL
 
 from mxd_lens import TopKTranscoder, TopKTranscoderConfig, load_model, replacement_hooks
 from mxd_lens.evals.judges import EndpointJudge, Judgement, LocalJudge, parse_judgement, token_agreement

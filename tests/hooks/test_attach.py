@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from attached import MODELS, PROMPT, generate, greedy, random_mxd
-from conftest import D_MODEL, HOOK_IN, HOOK_OUT
+from attached import PROMPT, close, expected_logits, generate, greedy, random_mxd
 from sae_lens import SAE, SkipTranscoder, TopKSAE, TopKSAEConfig
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.transcoder import SkipTranscoderConfig
+from tiny import D_MODEL, HOOK_IN, HOOK_OUT
 from transformer_lens import HookedTransformer
 
 from mxd_lens import MxD, load_model, replacement_hooks
@@ -18,29 +18,6 @@ from mxd_lens.models import SMOLLM2, hook_point_name
 @pytest.fixture
 def mxd() -> MxD:
     return random_mxd(D_MODEL)
-
-
-@pytest.fixture(params=MODELS)
-def any_model(request, tiny_folder):
-    return MODELS[request.param](tiny_folder)
-
-
-@pytest.fixture(params=["HookedSAETransformer", "SAETransformerBridge"])
-def sae_model(request, tiny_folder):
-    return MODELS[request.param](tiny_folder)
-
-
-def expected_logits(model, sae, tokens, times: float = 1.0) -> torch.Tensor:
-    """The logits with the layer's forward(x) in the MLP's place, by hooks written out here."""
-    hook_in = hook_point_name(model, sae.cfg.metadata.hook_name)
-    hook_out = hook_point_name(model, sae.cfg.metadata.hook_name_out)
-    x = model.run_with_cache(tokens)[1][hook_in]
-    y = sae.forward(x)
-    return model.run_with_hooks(tokens, fwd_hooks=[(hook_out, lambda _, hook: times * y)])
-
-
-def close(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_replacement_hooks(any_model, mxd):

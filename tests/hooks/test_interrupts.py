@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from attached import MODELS, PROMPT, random_mxd
-from conftest import D_MODEL
+from tiny import D_MODEL
 
 from mxd_lens import ablate, evaluate, steer
 from mxd_lens.hooks.replace import Replaced

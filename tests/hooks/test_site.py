@@ -3,8 +3,8 @@
 import pytest
 import torch
 from attached import MODELS, PROMPT, generate, greedy, random_mxd
-from conftest import D_MODEL, HOOK_IN, HOOK_OUT
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+from tiny import D_MODEL, HOOK_IN, HOOK_OUT
 
 from mxd_lens import load_model, replacement_hooks, steer
 from mxd_lens.hooks.site import check_fits, check_trained_on

@@ -5,11 +5,11 @@ import threading
 import pytest
 import torch
 from attached import MODELS, PROMPT, generate, greedy, random_mxd
-from conftest import D_MODEL, HOOK_IN, HOOK_OUT
 from sae_lens import JumpReLUTranscoder, SkipTranscoder, StandardSAE, StandardSAEConfig, Transcoder
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.transcoder import JumpReLUTranscoderConfig, SkipTranscoderConfig, TranscoderConfig
+from tiny import D_MODEL, HOOK_IN, HOOK_OUT
 from transformer_lens import HookedTransformer
 
 from mxd_lens import (

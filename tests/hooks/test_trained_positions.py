@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import D_MODEL, HOOK_IN, HOOK_OUT
 from sae_lens.saes.sae import SAEMetadata
+from tiny import D_MODEL, HOOK_IN, HOOK_OUT
 
 from mxd_lens import (
     TopKTranscoder,

@@ -12,7 +12,6 @@ import pytest
 import torch
 import yaml
 from command_line import run
-from conftest import HOOK_IN, HOOK_OUT, use_hub
 from hub_stand_in import READER_TOKEN, HubStandIn
 from markdown_reader import tables_of
 from sae_lens import SAE, TopKSAE, TopKSAEConfig
@@ -20,6 +19,7 @@ from sae_lens.saes.sae import SAEMetadata
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_layers import sizes_of
+from tiny import HOOK_IN, HOOK_OUT, use_hub
 
 from mxd_lens import FaithfulnessReport, MxD, TrainingMxD, TrainingMxDConfig
 from mxd_lens.architectures import ARCHITECTURES

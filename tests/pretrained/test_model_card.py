@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import D_MODEL, HOOK_IN, HOOK_OUT
 from datasets import Dataset
 from hub_stand_in import HubStandIn
 from markdown_reader import markdown, tables_of
 from sae_lens.saes.sae import SAEMetadata
 from test_hub import NAMES, REPO, REPORT, RUN, random_layer
+from tiny import D_MODEL, HOOK_IN, HOOK_OUT
 
 from mxd_lens import MxD, evaluate
 from mxd_lens.pretrained.hub import push_to_hub

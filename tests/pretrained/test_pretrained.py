@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from attached import any_model, close, expected_logits, random_mxd, sae_model  # noqa: F401
-from conftest import D_MODEL, HOOK_IN, HOOK_OUT
+from attached import close, expected_logits, random_mxd
 from rich.console import Console
 from sae_lens import SAE
 from sae_lens.loading.pretrained_sae_loaders import load_sae_config_from_huggingface
 from sae_lens.saes import transcoder as saelens
 from sae_lens.saes.sae import SAEMetadata
 from safetensors.torch import save_file
+from tiny import D_MODEL, HOOK_IN, HOOK_OUT
 
 from mxd_lens import (
     JumpReLUSkipTranscoder,
@@ -248,7 +248,7 @@ def test_the_same_layer_as_saelens_loads(skip_pair, tmp_path: Path) -> None:
     assert type(type(ours).load_from_disk(tmp_path / "again")) is type(ours)
 
 
-def test_attached_it_keeps_its_skip(skip_pair, sae_model) -> None:  # noqa: F811
+def test_attached_it_keeps_its_skip(skip_pair, sae_model) -> None:
     theirs, ours = skip_pair
     tokens = sae_model.to_tokens("the big cat sat on the red mat")
     expected = expected_logits(sae_model, theirs, tokens)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from attached import MODELS, PROMPT
 from command_line import run
-from conftest import HOOK_OUT
 from layers import make_layer, skip_of, written_by
+from tiny import HOOK_OUT
 from torch.nn import functional as F
 
 from mxd_lens import MxD, replacement_hooks

@@ -5,7 +5,7 @@ import re
 from dataclasses import fields, replace
 
 import pytest
-from conftest import HOOK_IN, HOOK_OUT
+from tiny import HOOK_IN, HOOK_OUT
 
 from mxd_lens import FaithfulnessReport
 from mxd_lens.artifacts.page import field_docs

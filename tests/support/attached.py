@@ -1,14 +1,15 @@
 """A small MxD, every class of models, and text that is generated with one in the other."""
 
 import torch
-from conftest import HOOK_IN, HOOK_OUT
 from sae_lens.analysis.hooked_sae_transformer import add_hook_in_to_mlp
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from sae_lens.saes.sae import SAEMetadata
+from tiny import HOOK_IN, HOOK_OUT
 from transformer_lens import HookedTransformer
 from transformer_lens.model_bridge import TransformerBridge
 
 from mxd_lens import MxD, MxDConfig, load_model
+from mxd_lens.models import hook_point_name
 
 PROMPT = "the big cat sat on the red mat"
 
@@ -60,3 +61,16 @@ def generate(model, tokens, n: int) -> torch.Tensor:
     return model.generate(
         tokens, max_new_tokens=n, do_sample=False, stop_at_eos=False, use_past_kv_cache=True, verbose=False
     )
+
+
+def expected_logits(model, sae, tokens, times: float = 1.0) -> torch.Tensor:
+    """The logits with the layer's forward(x) in the MLP's place, by hooks written out here."""
+    hook_in = hook_point_name(model, sae.cfg.metadata.hook_name)
+    hook_out = hook_point_name(model, sae.cfg.metadata.hook_name_out)
+    x = model.run_with_cache(tokens)[1][hook_in]
+    y = sae.forward(x)
+    return model.run_with_hooks(tokens, fwd_hooks=[(hook_out, lambda _, hook: times * y)])
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)

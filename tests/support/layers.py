@@ -1,7 +1,6 @@
 """A random layer of every kind, and what its experts write by definition."""
 
 import torch
-from conftest import D_MODEL, HOOK_OUT
 from sae_lens import SkipTranscoder, TopKSAE, TopKSAEConfig, Transcoder
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.transcoder import (
@@ -10,6 +9,7 @@ from sae_lens.saes.transcoder import (
     SkipTranscoderConfig,
     TranscoderConfig,
 )
+from tiny import D_MODEL, HOOK_OUT
 
 import mxd_lens
 from mxd_lens import (

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from conftest import D_MODEL
 from datasets import Dataset
 from runs import run_config
+from tiny import D_MODEL
 
 from mxd_lens import TrainingTopKTranscoderConfig, TranscoderTrainingRunner
 from mxd_lens.training.multi_runner import MultiTranscoderTrainingRunner

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from conftest import D_MODEL, HOOK_IN, HOOK_OUT
+from tiny import D_MODEL, HOOK_IN, HOOK_OUT
 
 from mxd_lens import TrainingMxDConfig, TranscoderRunnerConfig
 

@@ -1,8 +1,8 @@
 """Layers with random weights for any block of the tiny model, of several architectures."""
 
 import torch
-from conftest import D_MODEL
 from sae_lens.saes.sae import SAEMetadata
+from tiny import D_MODEL
 
 from mxd_lens import (
     AffineSkipMxD,

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import D_MODEL, HOOK_IN, HOOK_OUT
 from datasets import Dataset
 from runs import run_config
 from sae_lens import HookedSAETransformer, TopKTrainingSAEConfig
+from tiny import D_MODEL, HOOK_IN, HOOK_OUT
 from torch import Tensor
 
 from mxd_lens import PairedActivationsStore

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import D_MODEL
 from datasets import Dataset
 from runs import run_config
 from sae_lens import SAE
 from sae_lens.config import SAETrainerConfig
+from tiny import D_MODEL
 
 from mxd_lens import TrainingMxD, TrainingMxDConfig, TranscoderTrainingRunner
 from mxd_lens.training.divergence import Divergence, TrainingDiverged

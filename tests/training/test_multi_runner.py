@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import D_MODEL, HOOK_IN, HOOK_OUT
 from datasets import Dataset
 from runs import run_config
 from sae_lens import (
@@ -21,6 +20,7 @@ from sae_lens import (
 )
 from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import load_file
+from tiny import D_MODEL, HOOK_IN, HOOK_OUT
 
 from mxd_lens import (
     TrainingSkipMxDConfig,
@@ -89,7 +89,7 @@ def runner(tiny_model: HookedSAETransformer, text: Dataset, tmp_path: Path) -> C
 @pytest.fixture(scope="module")
 def alone(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the same layers, each trained alone."""
-    from conftest import WORDS
+    from tiny import WORDS
 
     from mxd_lens import load_model
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WORDS
 from runs import run_config
 from safetensors.torch import load_file
+from tiny import WORDS
 from torch import Tensor
 
 from mxd_lens import TranscoderTrainingRunner

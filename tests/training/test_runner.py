@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 import wandb
-from conftest import D_MODEL, HOOK_IN, HOOK_OUT
 from datasets import Dataset
 from runs import run_config
 from sae_lens import SAE, HookedSAETransformer, LoggingConfig
 from sae_lens.config import SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
+from tiny import D_MODEL, HOOK_IN, HOOK_OUT
 from torch import Tensor
 
 from mxd_lens import MxD, TrainingMxD, TrainingMxDConfig, TranscoderRunnerConfig, TranscoderTrainingRunner

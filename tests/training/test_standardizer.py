@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HOOK_OUT
 from datasets import Dataset
 from runs import run_config
 from sae_lens import SAE, TopKTrainingSAEConfig, TrainingSAE
 from small_layers import sizes_of
 from test_transcoders import D_IN, D_OUT, K, N, randomised
+from tiny import HOOK_OUT
 
 from mxd_lens import TranscoderRunnerConfig, TranscoderTrainingRunner
 from mxd_lens.architectures import ARCHITECTURES

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import D_MODEL, HOOK_IN, HOOK_OUT
 from datasets import Dataset, IterableDataset
 from runs import CONTEXT, run_config
 from sae_lens import HookedSAETransformer
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 from sae_lens.training.mixing_buffer import mixing_buffer
+from tiny import D_MODEL, HOOK_IN, HOOK_OUT
 from torch import Tensor
 
 from mxd_lens import PairedActivationsStore, load_model
