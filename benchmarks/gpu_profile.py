@@ -236,7 +236,7 @@ def runner(args: argparse.Namespace, size: Size) -> dict[str, Any]:
         return call
 
     run.activations_store._capture = timed(capture, "language model")  # type: ignore[method-assign]
-    run.trainer._step = timed(step, "layers")  # type: ignore[method-assign]
+    run.trainer._step = timed(step, "layers")
     start = time.perf_counter()
     run.run()
     synchronize(args.device)

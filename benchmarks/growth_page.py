@@ -16,11 +16,12 @@ from pathlib import Path
 
 import plotly.graph_objects as go
 import torch
+from markupsafe import Markup
 from plotly.subplots import make_subplots
 
 from benchmarks.contestants import Size
 from benchmarks.train_step import Report, Result, rows, size_title
-from mxd_lens.artifacts.page import BLUE, GREEN, GREY, ORANGE, RED, style, write_page
+from mxd_lens.artifacts.page import BLUE, GREEN, GREY, ORANGE, RED, Section, style, write_page
 
 COLOURS = {
     "reference MxD": RED,
@@ -31,9 +32,9 @@ COLOURS = {
     "floor": GREY,
 }
 GRADIENTS = "gradients of the MxD's weights"
-CSS = """<style>
+CSS = """
 th[colspan] { padding-top: 1.2rem; } th + th { text-align: right; } td { white-space: nowrap; }
-</style>"""
+"""
 LEAD = (
     "Forward and backward pass (fwd + bwd): the median of the rounds, with quartiles; the contestants take "
     "turns in one process. Peak: what one such pass adds to weights and batch, in a process of its own; it "
@@ -70,15 +71,13 @@ def write_growth_page(path: str | Path, reports: Sequence[Report]) -> Path:
         path: the HTML file.
         reports: what was measured, one section each.
     """
-    parts: list[str | go.Figure] = [CSS]
+    sections = []
     for report in reports:
         figure = growth_figure(report)
-        parts.append(f"<h2>{'Growth with N and K' if figure else 'Side by side'}</h2>")
-        parts.append(f'<p class="lead">{escape(conditions(report))}</p>')
-        if figure:
-            parts.append(figure)
-        parts.append(f'<div class="wide">{number_table(report)}</div>')
-    return write_page(path, "One training step: time and memory", LEAD, parts)
+        heading = "Growth with N and K" if figure else "Side by side"
+        table = Markup(f'<div class="wide">{number_table(report)}</div>')
+        sections.append(Section(heading, conditions(report), (figure, table) if figure else (table,)))
+    return write_page(path, "One training step: time and memory", LEAD, sections, css=CSS)
 
 
 def growth_figure(report: Report) -> go.Figure | None:

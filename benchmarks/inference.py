@@ -23,7 +23,7 @@ from sae_lens.saes.sae import SAEMetadata
 
 from benchmarks.train_step import Setting, machine
 from mxd_lens import MxD, MxDConfig, load_model, matched_n_experts, replacement_hooks
-from mxd_lens.evals.faithfulness import decompose
+from mxd_lens.analysis.decomposition import decompose
 from mxd_lens.hooks.replace import Replaced
 from mxd_lens.hooks.site import hook_names
 from mxd_lens.models import SMOLLM2
@@ -35,8 +35,7 @@ def contestants(model: Any, mxd: MxD, tokens: torch.Tensor) -> dict[str, Callabl
     """What is timed, by name; each runs the model over the tokens once."""
 
     def sparse(x: torch.Tensor, _y: torch.Tensor) -> torch.Tensor:
-        mixture, _, output = decompose(mxd, x)
-        return output(mixture)
+        return decompose(mxd, x.flatten(0, -2)).y.unflatten(0, x.shape[:-1])
 
     def sparsely() -> torch.Tensor:
         with Replaced(model, *hook_names(mxd), sparse):

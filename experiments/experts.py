@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
 from experiments.wikitext import BOS, wikitext_sequences
@@ -24,7 +25,7 @@ from mxd_lens import ExpertStatistics, MxD, ablate, load_model, logit_lens, stee
 from mxd_lens.analysis.decomposition import active_experts
 from mxd_lens.analysis.firings import layer_input
 from mxd_lens.analysis.weights import nearest_neurons, spectrum
-from mxd_lens.artifacts.page import write_page
+from mxd_lens.artifacts.page import Section, write_page
 from mxd_lens.artifacts.tables import Tabular
 from mxd_lens.models import SMOLLM2
 from mxd_lens.text import load_text, split_text, token_sequences
@@ -249,7 +250,7 @@ class NextTokens(Tabular):
         return [[repr(t), *(f"{p:.3f}" for p in of_it.values())] for t, of_it in probabilities.items()]
 
 
-def html(description: Description, found: Evidence) -> str:
+def section(description: Description, found: Evidence) -> Section:
     """A section of the page."""
     contexts = "".join(
         f"<tr><td class='number'>{a:.1f}</td><td>{escape(before)}<mark>{escape(token)}</mark>{escape(after)}"
@@ -261,10 +262,8 @@ def html(description: Description, found: Evidence) -> str:
         f'<div style="margin: 1.4rem 0">{NextTokens(prompt)._repr_html_()}</div>' for prompt in found.prompts
     )
     promoted, suppressed = (", ".join(map(repr, words)) for words in (found.promoted, found.suppressed))
-    return f"""<h2>Expert {found.expert}: {escape(description.title)}</h2>
-<p>{escape(description.words)}</p>
-<p>Tested by a rule: {escape(description.rule_in_words)}. On {found.n_tokens:,} held-out tokens the rule holds
-at {found.rule_holds:,}, and the expert fires at {found.both} of these and at
+    body = f"""<p>Tested by a rule: {escape(description.rule_in_words)}. On {found.n_tokens:,} held-out tokens
+the rule holds at {found.rule_holds:,}, and the expert fires at {found.both} of these and at
 {found.fires - found.both} others; {found.share_of_coefficients:.0%} of its coefficients' sum and
 {found.of_the_strongest} of its 20 largest lie where the rule holds.</p>
 <table>{contexts}</table>
@@ -273,6 +272,7 @@ at {found.rule_holds:,}, and the expert fires at {found.both} of these and at
 {escape(suppressed)}. What it writes at two of its strongest firings has the cosine {found.alike:.2f} on
 average; the effective rank of W_n is {found.effective_rank:.0f} of 576. The MLP's
 neurons that write most like it: {neurons}.</p>"""
+    return Section(f"Expert {found.expert}: {description.title}", description.words, (Markup(body),))
 
 
 @torch.no_grad()
@@ -302,7 +302,7 @@ def main() -> None:
         f"Three experts of {RELEASE}, {SAE_ID}",
         "Found by reading the texts at which experts fire most, and described by hand. The rules were "
         "written from the descriptions, the prompts are made up.",
-        [html(*pair) for pair in zip(DESCRIPTIONS, found, strict=True)],
+        [section(*pair) for pair in zip(DESCRIPTIONS, found, strict=True)],
     )
 
 

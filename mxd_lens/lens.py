@@ -91,8 +91,7 @@ class Lens:
             FileNotFoundError, ValueError: as `load_layer` and `load_model`.
         """
         known = [layer.sae_id for layer in list_pretrained() if layer.release == str(release)]
-        ids: Sequence[str | None]
-        ids = [sae_ids] if isinstance(sae_ids, str) else list(sae_ids or known or [None])
+        ids: list[str | None] = [sae_ids] if isinstance(sae_ids, str) else [*(sae_ids or known)] or [None]
         layers = [load_layer(release, sae_id, device=device) for sae_id in ids]
         if model is None:
             model = load_model(layers[0].cfg.metadata.model_name, device=device)

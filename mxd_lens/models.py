@@ -436,7 +436,10 @@ class _Attaching:
             yield self
 
     def _reset_sae(self, act_name: str, prev_wrapper: Any = None) -> None:
+        name = self._transcoder_output_hooks.get(act_name, act_name)  # type: ignore[attr-defined]
         super()._reset_sae(act_name, prev_wrapper)  # type: ignore[misc]
+        if prev_wrapper is None and hasattr(self, "_hook_registry"):
+            hook_point_name(self, name)  # gives the hook point its name back
         if prev_wrapper is not None:
             self._exclude(self._acts_to_saes[act_name], prev_wrapper.exclude_special_tokens)
 

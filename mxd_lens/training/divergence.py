@@ -26,6 +26,8 @@ class Divergence:
     """The smallest median of as many points."""
     best_at: int
     """Index of the last of the points that `best` is of."""
+    worst: float = 0.0
+    """The largest of the last points."""
 
     FACTOR = 1.5
     """How many times its best error a diverged run has."""
@@ -39,7 +41,7 @@ class Divergence:
             return None
         medians = [median(errors[i - cls.WINDOW : i]) for i in range(cls.WINDOW, len(errors) + 1)]
         best_at = min(range(len(medians)), key=medians.__getitem__)
-        return cls(medians[-1], medians[best_at], best_at + cls.WINDOW - 1)
+        return cls(medians[-1], medians[best_at], best_at + cls.WINDOW - 1, max(errors[-cls.WINDOW :]))
 
     @property
     def has_diverged(self) -> bool:
@@ -48,12 +50,17 @@ class Divergence:
 
     @property
     def is_worse_than_zero(self) -> bool:
-        """Whether an output of zero would have a smaller error."""
-        return not self.last < 1
+        """Whether an output of zero would have a smaller error, at one of the last points at least."""
+        return not max(self.last, self.worst) < 1
 
     def __str__(self) -> str:
         return f"the error is {self.last:.3g}, and was {self.best:.3g} at its best"
 
     def to_dict(self) -> dict[str, Any]:
         """Return what a layer's metadata says of it."""
-        return {"last_error": self.last, "best_error": self.best, "diverged": self.has_diverged}
+        return {
+            "last_error": self.last,
+            "best_error": self.best,
+            "worst_error": self.worst,
+            "diverged": self.has_diverged,
+        }

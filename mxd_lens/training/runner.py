@@ -180,8 +180,8 @@ class TranscoderTrainingRunner:
         if resume_from_checkpoint is not None:
             cfg = replace(cfg, resume_from_checkpoint=str(resume_from_checkpoint))
         self.cfg = cfg
-        self.checkpoint = cfg.latest_checkpoint()
         with locked_folders(cfg.output_path, cfg.checkpoint_path, only_existing=True):
+            self.checkpoint = cfg.latest_checkpoint()
             if self.checkpoint is None:
                 refuse_another_run(cfg.output_path, cfg.checkpoint_path)
             else:

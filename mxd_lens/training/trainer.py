@@ -275,7 +275,7 @@ class TranscoderTrainer(TrainingLoop, SAETrainer[Any, Any]):
 
     @override
     def set_final_sae_metadata(self) -> None:
-        """Adds to SAELens' statistics how the run ended: last_error, best_error and diverged."""
+        """Adds how the run ended: last_error, best_error, worst_error and diverged."""
         super().set_final_sae_metadata()
         verdict = self.divergence
         if verdict is None:
@@ -289,8 +289,10 @@ class TranscoderTrainer(TrainingLoop, SAETrainer[Any, Any]):
             logger.warning("The run has diverged: %s.", verdict)
         elif verdict.is_worse_than_zero:
             logger.warning(
-                "The layer has not learnt anything: its error is %.3g, and that of an output of zero is 1.",
+                "The layer is no better than an output of zero, whose error is 1: at the end of the run its "
+                "error is %.3g, and up to %.3g.",
                 verdict.last,
+                verdict.worst,
             )
 
     def _where(self) -> str:

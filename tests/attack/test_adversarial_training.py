@@ -5,6 +5,7 @@ by an error that an output of zero would undercut.
 """
 
 from collections.abc import Callable, Iterator
+from statistics import median
 from typing import Any
 
 import pytest
@@ -101,14 +102,16 @@ def test_no_training_ends_in_a_bad_layer_without_a_word(name: str, standardized:
             outcomes[what] = "refused when it is saved"
             continue
         # What the layer does, without anything of the trainer's.
-        pairs = torch.cat([next(batches) for _ in range(5)])
-        x, y = pairs.split(D, dim=1)
-        with torch.no_grad():
-            y_hat, y = sae(x).double(), y.double()
-        error = float((y_hat - y).pow(2).sum() / y.pow(2).sum().clamp_min(1e-60))
+        errors = []
+        for _ in range(21):
+            x, y = next(batches).split(D, dim=1)
+            with torch.no_grad():
+                squared_error = (sae(x).double() - y.double()).pow(2).sum()
+            errors.append(float(squared_error / y.double().pow(2).sum().clamp_min(1e-60)))
+        error = median(errors)
         metadata = sae.cfg.metadata
-        if metadata.diverged or not metadata.last_error < 1:
-            outcomes[what] = f"reported: {metadata.last_error:.3g}"
+        if metadata.diverged or not metadata.worst_error < 1:
+            outcomes[what] = f"reported: {metadata.last_error:.3g}, up to {metadata.worst_error:.3g}"
         elif error < 1.1 or not y.any():
             outcomes[what] = f"converged: {error:.3g}"
         else:

@@ -27,18 +27,22 @@ WRITE = "MXD_LENS_WRITE_CONFORMANCE"
 
 INTRODUCTION = """# Where it is exact
 
-Each function was run on tiny random models of twenty families, and compared with PyTorch's forward hooks on
-transformers' own modules. "Exact" means equal to these within float32 rounding. A function that cannot be
-exact is refused: it raises an error that says so, before there is a number. Nothing in between was found.
+This page says on which language models the results are exact. Ten functions were run on tiny random models
+of twenty families, and compared with PyTorch's forward hooks on transformers' own modules. "Exact" means
+equal to these within float32 rounding. Where a function cannot be exact, it raises an error before it gives a
+number.
 
-The functions: {verbs}. The models are written by transformers, have two blocks and random weights, norms and
-biases. The tests are in `tests/conformance`, and this page is their result:
+The ten functions are {verbs}.
+
+The models were written by transformers and loaded by `load_model`. They have two blocks, and random weights,
+norms and biases. The tests are in `tests/conformance`, and this page is generated from their results:
 `{write}=1 pytest tests/conformance` writes it anew.
 """
 FAMILIES_HEADING = """
 ## Model families
 
-Which functions are exact on which family? "All" are the ten above.
+Which functions are exact on which family? "All" means the ten above. Families that HookedTransformer cannot
+load are loaded as a bridge.
 
 | family | HookedTransformer | bridge |
 |---|---|---|
@@ -46,9 +50,8 @@ Which functions are exact on which family? "All" are the ten above.
 STATES_HEADING = """
 ## States of a model
 
-Which functions are exact on a model in each of these states? The model is a Llama; "all" are those that
-apply.
-Reduced precision is compared with transformers in the same precision, within its rounding.
+Which functions are exact on a model in each of these states? The model is a Llama; "all" means those that
+apply. Reduced precision is compared with transformers in the same precision, within its rounding.
 
 | state | HookedTransformer | bridge |
 |---|---|---|
@@ -56,7 +59,7 @@ Reduced precision is compared with transformers in the same precision, within it
 REFUSALS_HEADING = """
 ## What the errors say
 
-What does each refusal say, and where?
+What does each error say, and where is it raised? MODEL is the model's name.
 
 | where | error |
 |---|---|
@@ -98,13 +101,14 @@ class Outcomes:
             return "all refused"
         return "all" if not refused else f"all but {', '.join(refused)}"
 
-    def refusals(self) -> dict[str, list[str]]:
-        """Where each error is raised; the row's name in an error stands for itself."""
-        where: dict[str, list[str]] = defaultdict(list)
+    def refusals(self) -> dict[str, dict[str, list[str]]]:
+        """By error: which functions raise it, by model."""
+        where: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
         for cell, outcome in self.found.items():
             if outcome != EXACT:
-                text = outcome.replace(cell.row.replace(" ", "-"), "MODEL").replace("|", "\\|")
-                where[text].append(f"{cell.row}, {cell.class_name}: {cell.verb}")
+                text = re.sub(rf"(?<!\w){cell.row.replace(' ', '-')}(?!\w)", "MODEL", outcome)
+                text = re.sub(r"\w+ForCausalLM", "MODELForCausalLM", text).replace("|", "\\|")
+                where[text][f"{cell.row} ({cell.class_name})"].append(cell.verb)
         return where
 
     def is_complete(self) -> bool:
@@ -127,8 +131,8 @@ def check(families: Outcomes, states: Outcomes) -> None:
 def page(families: Outcomes, states: Outcomes) -> str:
     refusals: dict[str, list[str]] = defaultdict(list)
     for outcomes in (families, states):
-        for text, where in outcomes.refusals().items():
-            refusals[text] += where
+        for text, by_model in outcomes.refusals().items():
+            refusals[text] += [f"{model}: {', '.join(verbs)}" for model, verbs in by_model.items()]
     return (
         INTRODUCTION.format(verbs=", ".join(VERBS), write=WRITE)
         + FAMILIES_HEADING

@@ -178,11 +178,14 @@ class Reference:
         """
         x = self.pairs(tokens)[0][0, -1].double()
         norm = self.module(self.family.norm)
+        # Falcon adds what attention writes to the MLP's output in place: keep a copy.
         read: list[Tensor] = []
         wrote: list[Tensor] = []
         handles = [
             norm.register_forward_pre_hook(lambda _m, args: read.append(args[0])),
-            self.module(self.family.writes, 0).register_forward_hook(lambda _m, _a, y: wrote.append(y)),
+            self.module(self.family.writes, 0).register_forward_hook(
+                lambda _m, _a, y: wrote.append(y.clone())
+            ),
         ]
         self.model(tokens)
         for handle in handles:

@@ -40,8 +40,7 @@ def training_jobs(model: Any, words: list[str]) -> dict[str, Job]:
         cfg = run_config(
             output_path=str(folder / "run"), resume_from_checkpoint="latest", **settings | changes
         )
-        if not (folder / "run" / "cfg.json").exists():
-            TranscoderTrainingRunner(cfg, text, model).run()
+        TranscoderTrainingRunner(cfg, text, model).run()
 
     def cached(folder: Path, cached_activations_path: str = "") -> None:
         path = cached_activations_path or str(folder / "cache")
