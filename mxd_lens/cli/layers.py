@@ -62,7 +62,7 @@ def evaluate(
         )
     language_model = load_its_model(sae, model, device, bridge)
     tokens = sequences_of(text, language_model, sae, sequences, skip, held_out)
-    report = evaluate(model=language_model, sae=sae, tokens=tokens)
+    report = evaluate(model=language_model, sae=sae, tokens=tokens, text_name=text)
     if html is not None:
         from mxd_lens.reports.run import read_history, write_run_page
 

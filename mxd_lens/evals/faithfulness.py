@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_origin
 
 import torch
+from datasets import Dataset
 from jaxtyping import Bool, Float
 from sae_lens import SAE, logger
 from torch import Tensor
@@ -22,6 +23,7 @@ from mxd_lens.artifacts.tables import Table, Tabular, decimals
 from mxd_lens.evals.harness import Forward, Measurement, Target, layer_output, unchanged, zero
 from mxd_lens.hooks.replace import Replacement
 from mxd_lens.models import model_first
+from mxd_lens.text import seen_in_training
 
 USELESS = 0.9
 """A normalised MSE of 1 is that of writing nothing at all."""
@@ -210,6 +212,7 @@ def evaluate(
     batch_size: int = 8,
     progress: bool = True,
     text_name: str = "",
+    rows: Dataset | None = None,
 ) -> FaithfulnessReport:
     """Measure how well a layer replaces its MLP, and how much of that its experts contribute.
 
@@ -232,13 +235,15 @@ def evaluate(
         batch_size: sequences in a forward pass. It does not change the numbers.
         progress: whether to show a progress bar.
         text_name: what the text is called, for the report.
+        rows: the rows of text that the tokens are of. The report says "held-out" only where the layer's
+            record of its training proves that none of them was in it; without them it says "unknown".
 
     Raises:
         ValueError: the layer was trained on another model or on hooks this one lacks, there are no tokens to
             evaluate on, or activations are NaN or infinite.
         TypeError: the text is neither text nor token ids.
     """
-    (report,) = evaluate_all(model, {"": sae}, tokens, batch_size, progress, text_name).values()
+    (report,) = evaluate_all(model, {"": sae}, tokens, batch_size, progress, text_name, rows).values()
     return report
 
 
@@ -251,13 +256,14 @@ def evaluate_all(
     batch_size: int = 8,
     progress: bool = True,
     text_name: str = "",
+    rows: Dataset | None = None,
 ) -> dict[str, FaithfulnessReport]:
     """Evaluate several layers, each on its own, as `evaluate` does.
 
     The unmodified model runs once for all of them, the zero-ablated one once for each MLP.
 
     Args:
-        model, tokens, batch_size, progress, text_name: as for `evaluate`.
+        model, tokens, batch_size, progress, text_name, rows: as for `evaluate`.
         saes: the layers by name.
 
     Returns:
@@ -305,7 +311,11 @@ def evaluate_all(
     about = {"text_name": text_name, "text_hash": hash_tensors(whole)}
     reports = {
         name: layer.report(
-            model, forwards, about, unmodified[layer.target.output], ablated[layer.target.output]
+            model,
+            forwards,
+            about | {"provenance": provenance(layer.sae, rows)},
+            unmodified[layer.target.output],
+            ablated[layer.target.output],
         )
         for name, layer in layers.items()
     }
@@ -318,6 +328,12 @@ def evaluate_all(
                 report.normalized_mse,
             )
     return reports
+
+
+def provenance(sae: SAE[Any], rows: Dataset | None) -> str:
+    """What a layer's record of its training says about some rows of text."""
+    record = getattr(sae.cfg.metadata, "training_text", None)
+    return UNKNOWN if rows is None else seen_in_training(record, rows)
 
 
 def few_names(names: Set[str]) -> str:
@@ -432,6 +448,5 @@ class LayerScores:
             ce_added_by_sequence=means_of(
                 self.replaced.losses - unmodified.losses, [f.predicting(self.target) for f in forwards]
             ),
-            provenance=UNKNOWN,
             **about,
         )

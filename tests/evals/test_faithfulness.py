@@ -17,6 +17,7 @@ from tiny import D_MODEL, HOOK_IN, HOOK_OUT
 
 from mxd_lens import FaithfulnessReport, evaluate, load_model
 from mxd_lens.evals.faithfulness import evaluate_all
+from mxd_lens.text import load_text, training_text
 
 BOS = 1
 
@@ -275,6 +276,22 @@ def test_under_autocast(kind, tiny_model, tokens):
         reduced = evaluate(tiny_model, layer(kind), tokens, progress=False)
     assert reduced.normalized_mse == pytest.approx(report.normalized_mse, rel=0.05)
     assert reduced.normalized_mse != report.normalized_mse
+
+
+def test_held_out_is_said_only_where_it_is_proven(tiny_model, tokens, tmp_path):
+    source = tmp_path / "text.txt"
+    source.write_text("\n\n".join(f"the cat sat {word} times" for word in ("one", "two", "three", "four")))
+    sae = layer("mxd")
+    text = load_text(str(source), streaming=False)
+    other = Dataset.from_dict({"text": ["a dog ran"]})
+    of = lambda rows: evaluate(tiny_model, sae, tokens, progress=False, rows=rows).provenance  # noqa: E731
+    assert of(other) == of(None) == "unknown"  # the layer has no record
+    sae.cfg.metadata.training_text = training_text(str(source), text)
+    assert of(None) == "unknown"
+    assert of(other) == "held-out"
+    assert of(text.select([2])) == of(text) == "seen in training"
+    source.write_text("another text")
+    assert of(other) == "unknown"
 
 
 def test_a_report_of_an_earlier_version(tiny_model, tokens, tmp_path):
