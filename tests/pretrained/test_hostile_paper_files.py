@@ -2,6 +2,7 @@
 
 import codecs
 import contextlib
+import encodings.latin_1  # noqa: F401  # zipfile imports it for some names
 import faulthandler
 import functools
 import gzip
@@ -528,10 +529,11 @@ def raw_file(
             stored, view = stored if storage is None else storage, tensor
         weights[name] = Call(torch._utils._rebuild_tensor_v2, stored, *view)
     with checkpoint(SETTINGS, weights) as contents:
-        pickled = torch_pickle(contents)
+        # torch writes protocol 2, pickle.dump a later one, which has bytes.
+        pickled = torch_pickle(contents, 4 if file_format == "file.pkl" else 2)
     if file_format == "zip.pt":
         records = {f"data/{name}": record for name, record in data.items()}
-        return zip_file({"data.pkl": pickled, "byteorder": b"little", **records})
+        return zip_file({"data.pkl": pickled, "byteorder": b"little", "version": b"3\n", **records})
     if file_format == "legacy.pt":
         sizes = {name: len(record) // 4 for name, record in data.items()} | {
             "b_enc": numel or len(numbers) // 4
@@ -600,6 +602,8 @@ def test_a_storage_that_is_none(storage: Any, file_format: str, tmp_path: Path) 
     "key", ["b_en", "../b_enc", "../../../../etc/passwd", "/etc/passwd", "b_enc\x00", ""]
 )
 def test_a_storage_of_another_name(key: str, file_format: str, tmp_path: Path) -> None:
+    if key == "b_enc\x00" and file_format == "zip.pt":
+        pytest.skip("torch reads a record's name up to its first NUL: it is the storage of b_enc")
     view = [] if file_format == "zip.pt" else [None]
     refused_bytes(raw_file(file_format, Persistent(key, D_SAE, *view)), tmp_path)
 

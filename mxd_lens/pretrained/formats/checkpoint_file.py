@@ -67,7 +67,14 @@ def _device(*name: Any) -> str:
     return str(name[0]) if name and isinstance(name[0], str) else ""
 
 
-def _rebuild_tensor(storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
+def _rebuild_tensor(
+    storage: Any, offset: int, size: Any, stride: Any, requires_grad: Any = False, hooks: Any = None
+) -> Tensor:
+    del requires_grad, hooks
+    # torch would enlarge the storage, with whatever is in memory.
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if last >= storage.size() and 0 not in size:
+        raise UnreadableCheckpointError("it holds a tensor that reaches beyond its numbers")
     return torch._utils._rebuild_tensor(storage, offset, size, stride)
 
 
