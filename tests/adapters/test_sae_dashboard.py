@@ -208,7 +208,7 @@ def test_what_cannot_be_shown_is_said(tiny_model, tokens):
         run(tokens, [40])
     with pytest.raises(ValueError, match="context must be a positive number"):
         run(tokens, [4], context=0)
-    with pytest.raises(ValueError, match=r"tokens must be ids \[sequences, positions\], got \(24,\)"):
+    with pytest.raises(ValueError, match=r"tokens must be token ids \[sequences, positions\], got \(24,\)"):
         run(tokens[0], [4])
     with pytest.raises(ValueError, match=r"\(1, 24\) have 13 with their context"):
         run(tokens[:1], [4])
