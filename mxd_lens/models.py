@@ -686,10 +686,14 @@ def _hooked_transformer_from_folder(
     model.move_model_modules_to_device()
     divergence = _divergence(expected, model(tokens).cpu())
     if not divergence < (1e-6 if torch.finfo(dtype).bits >= 32 else 5e-3):
-        raise ValueError(
+        message = (
             f"TransformerLens converts {folder} into another model: on {N_COMPARED} tokens its predictions "
             f"are {divergence:.2g} nats from those of transformers (KL divergence). {USE_A_BRIDGE}"
         )
+        if version("transformers").startswith("4."):  # its eager attention is not the reference checked here
+            warnings.warn(message, stacklevel=4)
+        else:
+            raise ValueError(message)
     return model
 
 
