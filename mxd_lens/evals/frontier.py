@@ -141,7 +141,7 @@ class Point:
 
     @classmethod
     def from_dict(cls, known: dict[str, Any]) -> "Point":
-        reports = {text: FaithfulnessReport(**report) for text, report in known["reports"].items()}
+        reports = {text: FaithfulnessReport.from_dict(report) for text, report in known["reports"].items()}
         return cls(**(known | {"reports": reports}))
 
 
