@@ -98,6 +98,8 @@ class LayerSource:
 
 def check_layer_folder(folder: Path) -> None:
     """Raises ValueError where a folder holds no layer of SAELens' format nor files of another."""
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder {folder}.")
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     foreign = len(missing) == 2 and any(file.suffix in FOREIGN for file in folder.iterdir())
     if missing and not foreign:

@@ -38,14 +38,14 @@ def integers(text: str, least: int = 0) -> list[int]:
 
 
 def checked(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """A callback that lets `check` look at an option's value; its ValueError names the option."""
+    """A callback that lets `check` look at an option's value; its ValueError or OSError names the option."""
 
     def callback(value: Any) -> Any:
         if value is None:
             return None
         try:
             return check(value)
-        except ValueError as e:
+        except (ValueError, OSError) as e:
             raise typer.BadParameter(str(e)) from e
 
     return callback

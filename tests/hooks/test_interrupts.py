@@ -29,8 +29,8 @@ class Interrupt:
 
     def __call__(self, frame: FrameType, event: str, _arg: Any) -> None:
         # The functions by which a with block is left are what undoes it: an interrupt may come before and
-        # after them, and inside what they call.
-        if event == "call" and frame.f_code.co_name not in ("__exit__", "__del__"):
+        # after them, and inside what they call. Python drops what is raised while it frees an object.
+        if event == "call" and frame.f_code.co_name not in ("__exit__", "__del__", "<genexpr>"):
             self.calls += 1
             if self.calls == self.n:
                 sys.setprofile(None)
