@@ -24,7 +24,7 @@ from mxd_lens.cli.options import integers
 from mxd_lens.evals.ablation import AblationReport, ablation_study, load_ablations, save_ablations
 from mxd_lens.evals.stability import stability
 from mxd_lens.models import SMOLLM2
-from mxd_lens.reports.ablation import write_carry_page, write_carry_png
+from mxd_lens.reports.ablation import write_ablation_page, write_ablation_pictures
 
 K = 32
 NAMES = {
@@ -85,8 +85,8 @@ def draw(file: Path, layer: int, reports: Mapping[str, AblationReport]) -> None:
         "text": f"WikiText-2, of {HELD_OUT} held-out sequences of 128 tokens the first; BOS excluded",
         "layers": f"layer {layer}, K {K}",
     }
-    write_carry_page(file.with_suffix(".html"), reports, notes)
-    write_carry_png(file.with_suffix(".png"), reports)
+    write_ablation_page(file.with_suffix(".html"), reports, notes)
+    write_ablation_pictures(file.with_suffix(".png"), reports)
 
 
 if __name__ == "__main__":

@@ -666,6 +666,9 @@ def _hooked_transformer_from_folder(
             cfg = transformer_lens_loading.get_pretrained_model_config(
                 listed or neutral, device=str(device), dtype=dtype
             )
+            theta = config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta")
+            if theta and cfg.rotary_base != theta:  # TransformerLens 3.0 takes 10,000 for every Llama
+                cfg.rotary_base = theta
             state_dict = transformer_lens_loading.get_pretrained_state_dict(
                 neutral, cfg, hf_model, dtype=dtype
             )
@@ -686,14 +689,10 @@ def _hooked_transformer_from_folder(
     model.move_model_modules_to_device()
     divergence = _divergence(expected, model(tokens).cpu())
     if not divergence < (1e-6 if torch.finfo(dtype).bits >= 32 else 5e-3):
-        message = (
+        raise ValueError(
             f"TransformerLens converts {folder} into another model: on {N_COMPARED} tokens its predictions "
             f"are {divergence:.2g} nats from those of transformers (KL divergence). {USE_A_BRIDGE}"
         )
-        if version("transformers").startswith("4."):  # its eager attention is not the reference checked here
-            warnings.warn(message, stacklevel=4)
-        else:
-            raise ValueError(message)
     return model
 
 

@@ -104,7 +104,7 @@ def ablation(
 
     from mxd_lens import ablation_study, stability
     from mxd_lens.evals.ablation import save_ablations
-    from mxd_lens.reports.ablation import write_carry_page
+    from mxd_lens.reports.ablation import write_ablation_page
 
     saes = load_layers(layers, device)
     first = next(iter(saes.values()))
@@ -117,7 +117,7 @@ def ablation(
         reports = {name: replace(report, stability=found) for name, report in reports.items()}
     output.mkdir(parents=True, exist_ok=True)
     save_ablations(output / "ablation.json", reports)
-    page = write_carry_page(output / "index.html", reports, {"text": text, "rows skipped": str(skip)})
+    page = write_ablation_page(output / "index.html", reports, {"text": text, "rows skipped": str(skip)})
     show(reports, json, f"The page: {page}")
 
 

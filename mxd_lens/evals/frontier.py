@@ -112,6 +112,7 @@ CONTENDERS: Mapping[str, Contender] = {
     "molt": Contender("MOLT", matched("molt", rank=lambda size: max(1, size.d_in // 36))),
     "topk_transcoder": Contender("TopK transcoder", matched("topk_transcoder")),
     "topk_skip_transcoder": Contender("TopK skip transcoder", matched("topk_skip_transcoder")),
+    "batch_topk_transcoder": Contender("BatchTopK transcoder", matched("batch_topk_transcoder")),
     "topk_sae": Contender("TopK SAE on the output", _sae, reads="output"),
 }
 """The architectures that `frontier` compares, by name."""

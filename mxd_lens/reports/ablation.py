@@ -30,7 +30,7 @@ KINDS = ("layer", "best constant", "mean-ablated", "resampled", "MLP zero-ablate
 """What is in place of the MLP: the layer, the layer with its experts replaced, or zero."""
 
 
-def write_carry_page(path: str | Path, reports: Reports, notes: Mapping[str, str] | None = None) -> Path:
+def write_ablation_page(path: str | Path, reports: Reports, notes: Mapping[str, str] | None = None) -> Path:
     """Write the page.
 
     Args:
@@ -85,7 +85,7 @@ def write_carry_page(path: str | Path, reports: Reports, notes: Mapping[str, str
     )
 
 
-def write_carry_png(path: str | Path, reports: Reports) -> list[Path]:
+def write_ablation_pictures(path: str | Path, reports: Reports) -> list[Path]:
     """Write the page's three figures as pictures, `path` with -gates, -ablations and -tokens in its name.
 
     Raises:

@@ -57,7 +57,7 @@ from mxd_lens.reports.ablation import (
     ablation_figure,
     information_figure,
     replacements_figure,
-    write_carry_page,
+    write_ablation_page,
 )
 
 BOS = 1
@@ -507,7 +507,7 @@ def test_the_page(tmp_path):
         report, stability=stability(PlantedModel(sae), {"a": sae, "b": other}, tokens, progress=False)
     )
     reports = {"<it>": with_seeds, "empty": carried(without_experts())}
-    page = write_carry_page(tmp_path / "carry.html", reports, {"text": "<words>"}).read_text()
+    page = write_ablation_page(tmp_path / "carry.html", reports, {"text": "<words>"}).read_text()
     markup = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
     assert "<it>" not in markup
     assert "<words>" not in markup
@@ -516,10 +516,10 @@ def test_the_page(tmp_path):
     assert "Experts of another seed" in markup
     assert "No expert fires often enough to be measured" in markup
     assert "nan" not in markup
-    alone = write_carry_page(tmp_path / "one.html", {"it": report}).read_text()
+    alone = write_ablation_page(tmp_path / "one.html", {"it": report}).read_text()
     assert "Experts of another seed" not in alone
     with pytest.raises(ValueError, match="no report"):
-        write_carry_page(tmp_path / "none.html", {})
+        write_ablation_page(tmp_path / "none.html", {})
 
 
 def test_the_figures():

@@ -89,6 +89,7 @@ def test_sizes_are_matched_and_every_error_has_its_interval(sweep) -> None:
         "molt": 60 * 33 // 50,
         "topk_transcoder": 60,
         "topk_skip_transcoder": matched_n_features(D_MODEL, D_MODEL, 60),
+        "batch_topk_transcoder": 60,
         "topk_sae": 60,
     }
     with pytest.raises(ValueError, match="with one expert has"):

@@ -27,7 +27,7 @@ from mxd_lens.evals.probing.probing import (
     TaskFacts,
 )
 from mxd_lens.evals.steering_scores import SteeringScore, SteeringScores
-from mxd_lens.reports.ablation import write_carry_page
+from mxd_lens.reports.ablation import write_ablation_page
 from mxd_lens.reports.comparison import write_comparison_page
 from mxd_lens.reports.frontier import write_frontier_page
 from mxd_lens.reports.probing import write_probing_page
@@ -113,7 +113,7 @@ def write_all(folder: Path, text: str, comparison, ablation) -> list[Path]:
         write_frontier_page(folder / "frontier.html", of(frontier())),
         write_probing_page(folder / "probing.html", SparseProbing(probed.settings, probed.tasks, probes)),
         write_steering_page(folder / "steering.html", of(steering())),
-        write_carry_page(folder / "ablation.html", {text: of(ablation)}, {text: text}),
+        write_ablation_page(folder / "ablation.html", {text: of(ablation)}, {text: text}),
         write_comparison_page(folder / "comparison.html", of(comparison)),
         write_page(folder / "any.html", text, text, [Section(text, text, shown)]),
     ]
