@@ -1,5 +1,6 @@
 """Whether a training run got worse: its last error against its best."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -28,6 +29,8 @@ class Divergence:
     """Index of the last of the points that `best` is of."""
     worst: float = 0.0
     """The largest of the last points."""
+    rise: float = 1.0
+    """The last error over the best one, by the measure that rose least."""
 
     FACTOR = 1.5
     """How many times its best error a diverged run has."""
@@ -35,18 +38,32 @@ class Divergence:
     """Points in a median: one bad batch is no divergence."""
 
     @classmethod
-    def of(cls, errors: Sequence[float]) -> Self | None:
-        """Return the verdict on a curve; None while it is too short for one."""
+    def of(cls, errors: Sequence[float], *others: Sequence[float]) -> Self | None:
+        """Return the verdict on a curve; None while it is too short for one.
+
+        Args:
+            errors: one for each point.
+            others: the points by other measures. A few tokens with very large targets move a ratio of sums,
+                and a few with very small ones a mean of ratios, while nothing is wrong: a run that diverges
+                rises by every measure.
+        """
         if len(errors) < cls.WINDOW:
             return None
+        (last, best, best_at), *rest = (cls._ends(curve) for curve in (errors, *others))
+        rise = min(_ratio(last, best), *(_ratio(a, b) for a, b, _ in rest), math.inf)
+        return cls(last, best, best_at, max(errors[-cls.WINDOW :]), rise)
+
+    @classmethod
+    def _ends(cls, errors: Sequence[float]) -> tuple[float, float, int]:
+        """The last median, the least one, and the index of the last point that this is of."""
         medians = [median(errors[i - cls.WINDOW : i]) for i in range(cls.WINDOW, len(errors) + 1)]
         best_at = min(range(len(medians)), key=medians.__getitem__)
-        return cls(medians[-1], medians[best_at], best_at + cls.WINDOW - 1, max(errors[-cls.WINDOW :]))
+        return medians[-1], medians[best_at], best_at + cls.WINDOW - 1
 
     @property
     def has_diverged(self) -> bool:
-        """Whether the last error is `FACTOR` times the best one, or not a number."""
-        return not self.last <= self.FACTOR * self.best
+        """Whether the last error is more than `FACTOR` times the best one, or not a number."""
+        return self.rise > self.FACTOR
 
     @property
     def is_worse_than_zero(self) -> bool:
@@ -64,3 +81,10 @@ class Divergence:
             "worst_error": self.worst,
             "diverged": self.has_diverged,
         }
+
+
+def _ratio(last: float, best: float) -> float:
+    """last / best; infinite where that is not a number."""
+    if last == best:
+        return 1.0
+    return math.inf if best == 0 or math.isnan(last / best) else last / best

@@ -1,6 +1,7 @@
 """SAELens' trainer with atomic checkpoints, runs that stop in order and resume, and a word on divergence."""
 
 import copy
+import math
 import signal
 import threading
 from abc import abstractmethod
@@ -248,7 +249,9 @@ class TranscoderTrainer(TrainingLoop, SAETrainer[Any, Any]):
     @property
     def divergence(self) -> Divergence | None:
         """The last error beside the best one; None in the first steps."""
-        return Divergence.of([entry["relative_error"] for entry in self.history])
+        return Divergence.of(
+            *([e[name] for e in self.history] for name in ("relative_error", "normalized_mse"))
+        )
 
     def _check_divergence(self) -> None:
         verdict = self.divergence
@@ -282,7 +285,7 @@ class TranscoderTrainer(TrainingLoop, SAETrainer[Any, Any]):
             return
         final = self.final_error()
         if final is not None and not final <= 2 * Divergence.FACTOR * verdict.best:
-            verdict = replace(verdict, last=final)  # it broke in the last step
+            verdict = replace(verdict, last=final, rise=math.inf)  # it broke in the last step
         for name, value in verdict.to_dict().items():
             self.sae.cfg.metadata[name] = value
         if verdict.has_diverged:

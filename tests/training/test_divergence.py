@@ -34,6 +34,32 @@ def test_the_last_error_is_compared_with_the_best(errors: list[float], diverged:
     assert verdict.has_diverged is diverged
 
 
+def test_a_run_diverges_where_every_measure_rises() -> None:
+    flat, risen = [0.1] * 15, [0.1] * 10 + [0.4] * 5
+    for curves, rise in (((risen, flat), 1.0), ((flat, risen), 1.0), ((risen, risen), 4.0)):
+        verdict = Divergence.of(*curves)
+        assert verdict is not None
+        assert verdict.rise == pytest.approx(rise)
+        assert verdict.has_diverged is (rise > 1)
+
+
+def test_tokens_with_very_large_targets_are_no_divergence() -> None:
+    """As in Gemma 3: a batch with one target of norm 1,000 has a small ratio of sums."""
+    generator = torch.Generator().manual_seed(0)
+    ratios, means = [], []
+    for n in range(40):
+        y = torch.randn(16, 8, generator=generator)
+        squared_error = torch.full((16,), 1.0)
+        if n in range(10, 20):
+            y[0] *= 1000 / y[0].norm()
+        ratios.append(float(squared_error.sum() / y.pow(2).sum()))
+        means.append(float((squared_error / y.pow(2).sum(-1)).mean()))
+    alone, both = Divergence.of(ratios), Divergence.of(ratios, means)
+    assert alone is not None
+    assert both is not None
+    assert (alone.has_diverged, both.has_diverged) == (True, False)
+
+
 def test_a_short_curve_has_no_verdict() -> None:
     assert Divergence.of([1.0] * 4) is None
 
