@@ -4,16 +4,19 @@
 
 Both have the parameters of a transcoder with 4 x 640 features, read what the MLP reads and predict what the
 block adds to the residual stream. They are trained together through HookedTransformer and evaluated through
-SAETransformerBridge, which runs transformers' own model. FOLDER gets both layers, and report.json for each.
+SAETransformerBridge, which runs transformers' own model. FOLDER gets both layers, report.json for each,
+summary.json and README.md.
 """
 
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+from torch import Tensor
 
 from mxd_lens import (
     MxD,
@@ -85,30 +88,98 @@ def main() -> None:
     ).run()
 
     del model
+    summary = {
+        "training_tokens": steps * BATCH,
+        "layer": args.layer,
+        "k": K,
+        **judge(args.output, args.layer, held_out),
+    }
+    (args.output / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    (args.output / "README.md").write_text(readme(summary), encoding="utf-8")
+
+
+def judge(output: Path, layer: int, held_out: Tensor) -> dict[str, Any]:
+    """What the two layers in `output` do in place of the MLP, beside PyTorch's own forward hooks."""
     bridge = load_model(GEMMA3, model_class=SAETransformerBridge)
     layers = {
-        "mxd": MxD.from_pretrained(args.output / "mxd"),
-        "transcoder": TopKTranscoder.from_pretrained(args.output / "transcoder"),
+        "mxd": MxD.from_pretrained(output / "mxd"),
+        "transcoder": TopKTranscoder.from_pretrained(output / "transcoder"),
     }
     reports = evaluate_all(
         bridge, layers, held_out, batch_size=4, text_name="the Brown corpus, held-out rows"
     )
-    tokens = held_out[:1]
-    differences = {}
-    for name, layer in layers.items():
-        reports[name].save(args.output / name / "report.json")
+    tokens = held_out[:4]
+    differences: dict[str, dict[str, float]] = {}
+    for name, sae in layers.items():
+        reports[name].save(output / name / "report.json")
+        expected = by_forward_hooks(bridge.original_model, layer, sae, tokens)
         with torch.no_grad():
-            by_hooks = bridge.run_with_hooks(tokens, fwd_hooks=replacement_hooks(layer))
-            with bridge.saes(saes=[layer]):
-                differences[name] = (bridge(tokens) - by_hooks).abs().max().item()
-    summary = {
-        "training_tokens": steps * BATCH,
-        "layer": args.layer,
-        "attached_minus_forward_logits": differences,
+            by_hooks = bridge.run_with_hooks(tokens, fwd_hooks=replacement_hooks(sae))
+            with bridge.saes(saes=[sae]):
+                attached = bridge(tokens)
+        differences[name] = {
+            "replacement_hooks": (by_hooks - expected).abs().max().item(),
+            "attached": (attached - expected).abs().max().item(),
+            "largest_logit": expected.abs().max().item(),
+        }
+    return {
+        "logits_minus_forward_hooks": differences,
         "reports": {name: report.to_dict() for name, report in reports.items()},
     }
-    (args.output / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
-    print(json.dumps(summary, indent=1))
+
+
+@torch.no_grad()
+def by_forward_hooks(model: Any, layer: int, sae: Any, tokens: Tensor) -> Tensor:
+    """Logits with PyTorch's forward hooks alone: what follows the norm after the MLP is replaced."""
+    block, read = model.model.layers[layer], []
+    hooks = [
+        block.pre_feedforward_layernorm.register_forward_hook(lambda _m, _x, y: read.append(y)),
+        block.post_feedforward_layernorm.register_forward_hook(lambda *_: sae(read.pop())),
+    ]
+    try:
+        return model(tokens).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def readme(summary: dict[str, Any]) -> str:
+    """The page of the results."""
+    reports, n = summary["reports"], summary["training_tokens"]
+    first = reports["mxd"]
+    lines = [
+        "# An MLP of Gemma 3 270M",
+        "",
+        "    python -m experiments.gemma_3_270m --output FOLDER",
+        "",
+        "How well do an MxD and a TopK transcoder replace an MLP of Gemma 3, whose blocks have a norm after",
+        f"the MLP too? Block {summary['layer']}, K {summary['k']}, {first['n_parameters']:,} parameters",
+        f"each, trained on {n:,} tokens of Brown through HookedTransformer, and judged on",
+        f"{first['n_tokens']:,} held-out tokens through SAETransformerBridge. One seed.",
+        "",
+        "| layer | experts | normalised MSE | under mean ablation | cross-entropy added, nats | with the MLP "
+        "zero-ablated |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, r in reports.items():
+        added, zero = r["ce_loss_replaced"] - r["ce_loss"], r["ce_loss_zero_ablated"] - r["ce_loss"]
+        lines.append(
+            f"| {name} | {r['n_experts']:,} | {r['normalized_mse']:.3f} "
+            f"| {r['normalized_mse_mean_gate']:.3f} | {added:+.3f} | {zero:+.3f} |"
+        )
+    lines += [
+        "",
+        "Is the right tensor replaced? The largest difference in any logit of 4 sequences to PyTorch's",
+        "forward hooks on transformers' `pre_feedforward_layernorm` and `post_feedforward_layernorm`:",
+        "",
+        "| layer | `replacement_hooks` | attached by SAELens | largest logit |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for name, d in summary["logits_minus_forward_hooks"].items():
+        lines.append(
+            f"| {name} | {d['replacement_hooks']:.1e} | {d['attached']:.1e} | {d['largest_logit']:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
