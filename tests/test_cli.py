@@ -31,6 +31,7 @@ from mxd_lens.training.config import NOT_SUPPORTED, TranscoderRunnerConfig
 
 # `mxd_lens.cli.train` is the module; the command of this name is inside.
 train = import_module("mxd_lens.cli.train")
+members = train.members
 COMMANDS = [name for name, command in get_command(app).commands.items() if not command.hidden]
 
 
@@ -279,6 +280,29 @@ def good_lines(layer: Path, folder: Path, text: Path, model: Path) -> dict[str, 
         "frontier": [str(folder / "out"), "--model", str(model), *where, "--layers", "1"],
         "probe": [str(layer), "--k", "1,2", "--candidates", "5"],
     }
+
+
+def test_jumprelu_has_a_penalty_in_place_of_k(small, tmp_path):
+    options = [*small, "--architectures", "jumprelu_transcoder,topk_transcoder", "--k", "2,4"]
+    result = run("train", tmp_path / "out", *options, code=2)
+    assert "add --l0-coefficient" in result.output
+    run(
+        "train",
+        tmp_path / "out",
+        *options[:-4],
+        "--architecture",
+        "jumprelu_transcoder",
+        "--l0-coefficient",
+        0.1,
+    )
+    layer = load_layer(tmp_path / "out")
+    assert (layer.cfg.architecture(), layer.cfg.k) == ("jumprelu_transcoder", None)
+    names = members("1", "jumprelu_transcoder,topk_transcoder", "2,4", "0")
+    assert [(n, m.k) for n, m in names.items()] == [
+        ("blocks.1.mlp-jumprelu_transcoder", 0),
+        ("blocks.1.mlp-topk_transcoder-k2", 2),
+        ("blocks.1.mlp-topk_transcoder-k4", 4),
+    ]
 
 
 def bad_lines(good: dict[str, list[str]]) -> list[list[str]]:

@@ -229,7 +229,8 @@ def train(
     k: Annotated[
         str,
         typer.Option(
-            help="Active experts per token, as 32 or 32,128. 0: relu sparsity with --l1.",
+            help="Active experts per token, as 32 or 32,128. 0: relu sparsity with --l1. JumpReLU has "
+            "--l0-coefficient in its place.",
             callback=checked(is_list_of_integers()),
         ),
     ] = "32",
@@ -366,12 +367,21 @@ def members(
     ks, numbers = integers(k), integers(seeds)
     found = {}
     for block, name, sparsity, seed in product(blocks, names, ks, numbers):
+        if has_thresholds(name):
+            if sparsity != ks[0]:
+                continue
+            sparsity = 0
         parts = [f"blocks.{block}.mlp"]
         parts += [name] if len(names) > 1 else []
-        parts += [f"k{sparsity}"] if len(ks) > 1 else []
+        parts += [f"k{sparsity}"] if len(ks) > 1 and not has_thresholds(name) else []
         parts += [f"seed{seed}"] if len(numbers) > 1 else []
         found["-".join(parts)] = Member(block, name, sparsity, seed)
     return found
+
+
+def has_thresholds(architecture: str) -> bool:
+    """Whether thresholds decide how many features are active: a penalty on their number takes K's place."""
+    return "l0_coefficient" in fields_of(ARCHITECTURES[architecture], *LAYER_FILES)
 
 
 def check_settings(given: dict[str, Any]) -> None:
@@ -418,7 +428,14 @@ def check_member(member: Member, layers: str, given: dict[str, Any]) -> None:
         raise typer.BadParameter(
             f"{member.k} active experts are more than --experts {given['d_sae']}.", param_hint="--k"
         )
-    if member.k == 0 and not given.get("l1_coefficient"):
+    if has_thresholds(member.architecture):
+        if not given.get("l0_coefficient"):
+            raise typer.BadParameter(
+                f"{member.architecture} needs a penalty on the number of active features: add "
+                "--l0-coefficient 0.01.",
+                param_hint="--l0-coefficient",
+            )
+    elif member.k == 0 and not given.get("l1_coefficient"):
         raise typer.BadParameter(
             "0 means relu sparsity, which needs an L1 penalty: add --l1 0.01.", param_hint="--k"
         )
