@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from killing import hidden, run_killed
-from resumable_jobs import Job, digest, measuring_jobs, training_jobs
+from resumable_jobs import Job, digest, measuring_jobs, overwriting_jobs, training_jobs
 
 
 @pytest.fixture
@@ -93,3 +93,35 @@ MEASURING = (
 def test_measuring_killed_25_times(others: dict[str, tuple[Job, ...]], tmp_path: Path, name: str) -> None:
     *earlier, job = others[name]
     attack(job, tmp_path, 25, len(name), *earlier)
+
+
+LAST = {"statistics": "statistics.json", "graph": "graph.json", "delphi": "config.json"}
+"""By job: the file without which a folder holds no result."""
+
+
+@pytest.mark.parametrize("name", ["statistics", "graph", "probing", "delphi", "command"])
+def test_a_result_that_takes_the_place_of_another(
+    tiny_model: Any, words: list[str], tmp_path: Path, name: str
+) -> None:
+    """Killed at every operation: the old result, the new one, or none, and never parts of both."""
+    jobs = overwriting_jobs(tiny_model, words)[name]
+    results = []
+    for i, job in enumerate(jobs):
+        (tmp_path / str(i)).mkdir()
+        run_killed(partial(job, tmp_path / str(i)), tmp_path, None)
+        results.append(digest(tmp_path / str(i)))
+    assert results[0] != results[1]
+    place, at, killed, ends = tmp_path / "place", 0, True, set()
+    while killed:
+        at += 1
+        shutil.copytree(tmp_path / "0", place)
+        killed = run_killed(partial(jobs[1], place), place, at) == -1
+        found = {file: content for file, content in digest(place).items() if "/." not in f"/{file}"}
+        is_whole = name not in LAST or any(Path(file).name == LAST[name] for file in found)
+        ends.add(results.index(found) if is_whole else None)
+        run_killed(partial(jobs[1], place), place, None)
+        assert digest(place) == results[1]
+        assert hidden(place) == []
+        shutil.rmtree(place)
+    assert at > 8
+    assert ends >= {0, 1}

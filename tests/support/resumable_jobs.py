@@ -16,11 +16,17 @@ from mxd_lens import (
     TrainingTopKTranscoderConfig,
     TranscoderTrainingRunner,
     build_dashboard,
+    expert_statistics,
     frontier,
+    sparse_probing,
 )
+from mxd_lens.adapters.delphi import export_latents
+from mxd_lens.analysis.graph import attribution_graph
+from mxd_lens.cli.application import show
 from mxd_lens.dashboards.collect.collection import collect_dashboard
 from mxd_lens.dashboards.collect.data import CollectionConfig
 from mxd_lens.evals.frontier import CONTENDERS
+from mxd_lens.evals.probing.tasks import LabelledTexts
 from mxd_lens.evals.steering import Sampling
 from mxd_lens.evals.steering_scores import steering_scores
 from mxd_lens.training.multi_runner import MultiTranscoderTrainingRunner
@@ -122,3 +128,36 @@ def measuring_jobs(model: Any, words: list[str]) -> dict[str, tuple[Job, ...]]:
         "dashboard": (partial(pages, [3, 8]),),
         "dashboard, deeper": (partial(pages, [3]), partial(pages, [3, 8])),
     }
+
+
+def overwriting_jobs(model: Any, words: list[str]) -> dict[str, tuple[Job, Job]]:
+    """Pairs of jobs that write two results to one place; neither resumes."""
+    mxd = random_mxd(D_MODEL)
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randint(3, 3 + len(WORDS), (5, CONTEXT), generator=generator)
+    texts = (tokens[:3], tokens[3:])
+    task = LabelledTexts.of("pets", [("cat" if "cat" in text else "no cat", text) for text in words[:60]])
+    counted, graphs, probed = [], [], []
+    for seed, (tokens, prompt) in enumerate(zip(texts, ("the cat sat", "a dog ran"), strict=True)):
+        counted.append(expert_statistics(model, mxd, tokens, progress=False))
+        graphs.append(attribution_graph(model, {1: mxd}, prompt, max_experts=5, progress=False))
+        settings = {"seeds": (seed,), "ks": (1,), "n_candidates": 2, "progress": False}
+        probed.append(sparse_probing(model, mxd, task, **settings))
+
+    def exported(tokens: torch.Tensor, folder: Path) -> None:
+        export_latents(model, mxd, folder, tokens, n_splits=2, progress=False)
+
+    def written(text: str, folder: Path) -> None:
+        show({"text": text}, folder / "result.json")
+
+    one, other = (
+        {
+            "statistics": counted[i].save,
+            "graph": graphs[i].save,
+            "probing": lambda folder, i=i: probed[i].save(folder / "probing.json"),
+            "delphi": partial(exported, texts[i]),
+            "command": partial(written, words[i]),
+        }
+        for i in range(2)
+    )
+    return {name: (one[name], other[name]) for name in one}
