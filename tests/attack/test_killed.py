@@ -88,11 +88,17 @@ MEASURING = (
 )
 
 
+@pytest.mark.parametrize("name", ["frontier", "scores", "data"])
+def test_measuring_killed_a_few_times(others: dict[str, tuple[Job, ...]], tmp_path: Path, name: str) -> None:
+    *earlier, job = others[name]
+    attack(job, tmp_path, 3, len(name), *earlier)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MEASURING)
 def test_measuring_killed_25_times(others: dict[str, tuple[Job, ...]], tmp_path: Path, name: str) -> None:
     *earlier, job = others[name]
-    attack(job, tmp_path, 25, len(name), *earlier)
+    attack(job, tmp_path, 25, 100 + len(name), *earlier)
 
 
 LAST = {"statistics": "statistics.json", "graph": "graph.json", "delphi": "config.json"}
