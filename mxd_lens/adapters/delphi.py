@@ -7,6 +7,7 @@
 delphi's LatentDataset reads them. A dot-separated hook point is a valid HOOKPOINT.
 """
 
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mxd_lens.analysis.firings import firings
-from mxd_lens.artifacts.files import atomic_file, write_json
+from mxd_lens.artifacts.files import atomic_files
 from mxd_lens.hooks.site import hook_names
 from mxd_lens.models import check_tokens, model_first
 
@@ -67,17 +68,6 @@ def export_latents(
     activations = activations[activations > 0][order]
     where = Path(folder) / "latents" / hook_names(sae)[1]
     bounds = torch.linspace(0, sae.cfg.d_sae, n_splits + 1).long().tolist()
-    for start, end in pairwise(bounds):
-        inside = (locations[:, 2] >= start) & (locations[:, 2] < end)
-        part = locations[inside] - torch.tensor([0, 0, start])
-        fits = part.max().item() < 2**16 if len(part) else True
-        tensors = {
-            "locations": part.to(torch.uint16 if fits else torch.uint32).contiguous(),
-            "activations": activations[inside].contiguous(),
-            "tokens": tokens.cpu().contiguous(),
-        }
-        with atomic_file(where / f"{start}_{end - 1}.safetensors") as partial:
-            save_file(tensors, partial)
     config = {
         "dataset_repo": dataset,
         "dataset_split": "",
@@ -89,5 +79,16 @@ def export_latents(
         "n_splits": n_splits,
         "model_name": model.cfg.model_name,
     }
-    write_json(where / "config.json", config)
+    with atomic_files(where, last="config.json") as partial:
+        for start, end in pairwise(bounds):
+            inside = (locations[:, 2] >= start) & (locations[:, 2] < end)
+            part = locations[inside] - torch.tensor([0, 0, start])
+            fits = part.max().item() < 2**16 if len(part) else True
+            tensors = {
+                "locations": part.to(torch.uint16 if fits else torch.uint32).contiguous(),
+                "activations": activations[inside].contiguous(),
+                "tokens": tokens.cpu().contiguous(),
+            }
+            save_file(tensors, partial / f"{start}_{end - 1}.safetensors")
+        (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     return where

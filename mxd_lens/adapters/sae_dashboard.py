@@ -41,6 +41,7 @@ from mxd_lens.analysis.firings import input_hook
 from mxd_lens.analysis.logit_lens import direction_logits
 from mxd_lens.analysis.statistics import ExpertStatistics, expert_statistics
 from mxd_lens.architectures.base import expert_ids
+from mxd_lens.artifacts.files import write_text
 from mxd_lens.hooks.site import check_fits, hook_names
 from mxd_lens.models import check_tokens, model_first, ordinary_tokens, special_token_ids
 
@@ -119,10 +120,8 @@ class SaeDashboard:
             {t: model.tokenizer.decode([t]) for t in range(model.cfg.d_vocab)},
         )
         json.loads(text, parse_constant=_refuse_constant)
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-        return path
+        write_text(path, text)
+        return Path(path)
 
 
 def _refuse_constant(name: str) -> None:

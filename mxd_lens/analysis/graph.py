@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 from mxd_lens.analysis.frozen import FrozenModel
 from mxd_lens.analysis.prompt import one_prompt
-from mxd_lens.artifacts.files import write_json
+from mxd_lens.artifacts.files import atomic_files
 from mxd_lens.artifacts.tables import Cell, Tabular
 from mxd_lens.hooks.site import block_of_layer
 from mxd_lens.sparse.coefficients import Active
@@ -216,11 +216,12 @@ class AttributionGraph(Tabular):
 
     def save(self, folder: str | Path) -> None:
         """Writes graph.json and graph.safetensors into a folder."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: getattr(self, name).contiguous() for name in TENSORS}, folder / "graph.safetensors")
+        tensors = {name: getattr(self, name).contiguous() for name in TENSORS}
         facts = {name: getattr(self, name) for name in ("prompt", "token_ids", "model_name", "n_active")}
-        write_json(folder / "graph.json", facts | {"nodes": [asdict(node) for node in self.nodes]})
+        facts["nodes"] = [asdict(node) for node in self.nodes]
+        with atomic_files(folder, last="graph.json") as partial:
+            save_file(tensors, partial / "graph.safetensors")
+            (partial / "graph.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path) -> "AttributionGraph":

@@ -189,6 +189,15 @@ def remove_stale_partials(folder: str | Path) -> None:
             shutil.rmtree(partial)
 
 
+def remove_stale(folder: str | Path) -> None:
+    """Remove what processes that died left in `folder`: partial files, as above, and the lock."""
+    folder = full_path(folder)
+    remove_stale_partials(folder)
+    if (folder / LOCK).exists():
+        with suppress(OSError), locked(folder / LOCK, "clean-up"):  # a LockedError: it is in use
+            pass
+
+
 @contextmanager
 def locked(file: str | Path, job: str) -> Iterator[None]:
     """Hold the lock `file` for the block.

@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 from mxd_lens import __version__
+from mxd_lens.artifacts.files import write_text
 from mxd_lens.cli.options import STDOUT
 
 TRACEBACK = "MXD_LENS_TRACEBACK"
@@ -89,7 +90,7 @@ def show(result: Any, file: Path | None, *lines: str) -> None:
         if file == STDOUT:
             typer.echo(written)
             return
-        file.write_text(written + "\n", encoding="utf-8")
+        write_text(file, written + "\n")
     for report in result.values() if isinstance(result, Mapping) else [result]:
         typer.echo(str(report))
     for line in lines:

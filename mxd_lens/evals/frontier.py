@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mxd_lens.architectures import ARCHITECTURES
 from mxd_lens.architectures.base import transcoder_parameters
-from mxd_lens.artifacts.files import write_json
+from mxd_lens.artifacts.files import LOCK, locked, remove_stale, write_json
 from mxd_lens.artifacts.tables import Cell, Table, Tabular
 from mxd_lens.evals.faithfulness import FaithfulnessReport, evaluate_all
 from mxd_lens.evals.intervals import difference, mean_interval
@@ -364,6 +364,7 @@ def frontier(
 
     Raises:
         ValueError: nothing to compare, or another sweep's settings than those in `output`.
+        LockedError: another process is sweeping into `output`.
         TrainingInterrupted: SIGINT or SIGTERM; the same call goes on.
     """
     d_model = model.cfg.d_model
@@ -397,53 +398,58 @@ def frontier(
         point.name: _run_config(point, contenders[point.architecture], size, shared, output)
         for point in points
     }
-    result = Frontier(_settings(size, shared, held_out, contenders), points)
-    if (output / FRONTIER_FILENAME).is_file():
-        known = Frontier.load(output)
-        _refuse_other_sweep(output, known.settings, result.settings)
-        measured = {point.name: point for point in known.points if point.reports}
-        result.points = [measured.get(point.name, point) for point in points]
-        # Points of an earlier call that this one does not ask for.
-        asked = set(cfgs)
-        result.points += [point for point in measured.values() if point.name not in asked]
-        result.settings["labels"] = known.settings["labels"] | result.settings["labels"]
-        result.settings["lr"] = known.settings["lr"] | result.settings["lr"]
+    with locked(output / LOCK, "sweep"):
+        # A layer that is finished, and activations that are complete, are not written to again.
+        for folder in (output / "activations" / cached, *(output / "trained").glob("*")):
+            remove_stale(folder)
+        result = Frontier(_settings(size, shared, held_out, contenders), points)
+        if (output / FRONTIER_FILENAME).is_file():
+            known = Frontier.load(output)
+            _refuse_other_sweep(output, known.settings, result.settings)
+            measured = {point.name: point for point in known.points if point.reports}
+            result.points = [measured.get(point.name, point) for point in points]
+            # Points of an earlier call that this one does not ask for.
+            asked = set(cfgs)
+            result.points += [point for point in measured.values() if point.name not in asked]
+            result.settings["labels"] = known.settings["labels"] | result.settings["labels"]
+            result.settings["lr"] = known.settings["lr"] | result.settings["lr"]
 
-    def judge(names: Iterable[str]) -> None:
-        wanted = set(names)
-        together: dict[tuple[int, int], list[Point]] = {}
-        for point in result.points:
-            if point.name in wanted:
-                together.setdefault((point.layer, point.k), []).append(point)
-        for points in together.values():
-            _judge(points, model, held_out, output)
-            result.save(output / FRONTIER_FILENAME)
+        def judge(names: Iterable[str]) -> None:
+            wanted = set(names)
+            together: dict[tuple[int, int], list[Point]] = {}
+            for point in result.points:
+                if point.name in wanted:
+                    together.setdefault((point.layer, point.k), []).append(point)
+            for points in together.values():
+                _judge(points, model, held_out, output)
+                result.save(output / FRONTIER_FILENAME)
 
-    result.save(output / FRONTIER_FILENAME)
-    todo = {point.name: cfgs[point.name] for point in result.points if not point.reports}
-    judge(name for name in todo if _is_trained(output, name))
-    todo = {name: cfg for name, cfg in todo.items() if not _is_trained(output, name)}
-    for names in _groups(output / "checkpoints", todo, layers_at_once):
-        runner = MultiTranscoderTrainingRunner(
-            {name: todo[name] for name in names},
-            output / "checkpoints",
-            resume=True,
-            override_dataset=text,
-            override_model=model,
-            beside=cfgs.values(),
-            order_seed=ORDER_SEED,
-        )
-        try:
-            runner.run()
-        except RuntimeError as e:
-            if not runner.failures:
-                raise
-            logger.error("%s", e)
-        shutil.rmtree(output / "checkpoints", ignore_errors=True)
-        for point in result.points:
-            point.failure = runner.failures.get(point.name, point.failure)
         result.save(output / FRONTIER_FILENAME)
-        judge(name for name in names if name not in runner.failures)
+        todo = {point.name: cfgs[point.name] for point in result.points if not point.reports}
+        judge(name for name in todo if _is_trained(output, name))
+        todo = {name: cfg for name, cfg in todo.items() if not _is_trained(output, name)}
+        for names in _groups(output / "checkpoints", todo, layers_at_once):
+            runner = MultiTranscoderTrainingRunner(
+                {name: todo[name] for name in names},
+                output / "checkpoints",
+                resume=True,
+                override_dataset=text,
+                override_model=model,
+                beside=cfgs.values(),
+                order_seed=ORDER_SEED,
+            )
+            try:
+                runner.run()
+            except RuntimeError as e:
+                if not runner.failures:
+                    raise
+                logger.error("%s", e)
+            shutil.rmtree(output / "checkpoints", ignore_errors=True)
+            for point in result.points:
+                point.failure = runner.failures.get(point.name, point.failure)
+            result.save(output / FRONTIER_FILENAME)
+            judge(name for name in names if name not in runner.failures)
+        shutil.rmtree(output / "checkpoints", ignore_errors=True)
     return result
 
 

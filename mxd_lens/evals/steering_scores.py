@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from mxd_lens.analysis.decomposition import ENTRIES, decompose
 from mxd_lens.architectures.base import expert_ids
-from mxd_lens.artifacts.files import write_json
+from mxd_lens.artifacts.files import remove_stale_partials, write_json
 from mxd_lens.artifacts.identity import RunIdentity, differences, layer_identity
 from mxd_lens.artifacts.tables import Cell, Tabular
 from mxd_lens.evals.judges import Judge, LocalJudge
@@ -153,6 +153,7 @@ def steering_scores(
     }
     path = Path(output) / SCORES_FILENAME
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_stale_partials(path.parent)
     result = _resumed(path, settings) if path.is_file() else SteeringScores(settings, [])
     done = {(score.layer, score.expert) for score in result.scores}
     todo = {name: [n for n in ids if (name, n) not in done] for name, ids in chosen.items()}

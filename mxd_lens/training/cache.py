@@ -11,7 +11,7 @@ import xxhash
 from jaxtyping import Float
 from torch import Tensor
 
-from mxd_lens.artifacts.files import LOCK, WriteError, full_path, locked, write_text
+from mxd_lens.artifacts.files import LOCK, WriteError, full_path, locked, remove_stale, write_text
 from mxd_lens.artifacts.identity import RunIdentity
 
 
@@ -44,6 +44,7 @@ class ActivationCache:
         self._index = self.folder / "batches.jsonl"
         self._batches: list[dict[str, Any]] = []
         self._lock: ExitStack | None = None
+        remove_stale(self.folder)
         self._read_index()
 
     def __len__(self) -> int:

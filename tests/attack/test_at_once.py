@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from killing import hidden, in_processes
-from resumable_jobs import Job, digest, training_jobs
+from resumable_jobs import Job, digest, measuring_jobs, training_jobs
 
 TOLD = ("LockedError", "FileExistsError")
 """What the loser is told: another process is writing there, or has written there already."""
@@ -51,4 +51,14 @@ def test_one_activation_cache(jobs: dict[str, Job], tmp_path: Path, pair: int) -
     third = partial(jobs["cached"], tmp_path / "c", cached_activations_path=cache)
     assert in_processes(third) == [""]
     assert digest(tmp_path / "c")[weights] == expected
+    assert hidden(tmp_path) == []
+
+
+def test_one_sweep(tiny_model: Any, words: list[str], tmp_path: Path) -> None:
+    """Both would write frontier.json, each without what the other measured."""
+    (sweep,) = measuring_jobs(tiny_model, words)["frontier"]
+    answers = in_processes(*[partial(sweep, tmp_path)] * 2)
+    assert "" in answers
+    for answer in answers:
+        assert not answer or "is in use by another sweep" in answer, answer
     assert hidden(tmp_path) == []

@@ -2,13 +2,14 @@
 
 import random
 import shutil
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from killing import hidden, run_killed
-from resumable_jobs import Job, digest, training_jobs
+from resumable_jobs import Job, digest, measuring_jobs, overwriting_jobs, training_jobs
 
 
 @pytest.fixture
@@ -16,25 +17,49 @@ def jobs(tiny_model: Any, words: list[str]) -> dict[str, Job]:
     return training_jobs(tiny_model, words)
 
 
-def attack(job: Job, folder: Path, n_kills: int, seed: int) -> None:
-    """Kills the job `n_kills` times at random operations, on the way to several ends."""
-    whole = folder / "whole"
-    whole.mkdir()
-    n_operations = run_killed(partial(job, whole), whole, None)
-    expected = digest(whole, "cache")
+@pytest.fixture
+def others(tiny_model: Any, words: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Job, ...]]:
+    """The jobs that measure, at one date and with one number for a writing's name."""
+
+    class Then(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> "Then":
+            return cls(2025, 1, 1, tzinfo=tz)
+
+    monkeypatch.setattr("mxd_lens.dashboards.collect.collection.datetime", Then)
+    monkeypatch.setattr("secrets.token_hex", lambda n: "0" * 2 * n)
+    return measuring_jobs(tiny_model, words)
+
+
+def attack(job: Job, folder: Path, n_kills: int, seed: int, *earlier: Job) -> None:
+    """Kills the job `n_kills` times at random operations, on the way to several ends.
+
+    Args:
+        job: what is killed, and run again in the same folder.
+        folder: where it writes.
+        n_kills: how many times.
+        seed: of the operations.
+        earlier: run before it to their ends: it adds to their results, or replaces them.
+    """
+    start, place = folder / "start", folder / "place"
+    place.mkdir()
+    for before in earlier:
+        run_killed(partial(before, place), place, None)
+    shutil.copytree(place, start)
+    n_operations = run_killed(partial(job, place), place, None)
+    expected = digest(place, "cache")
     assert n_operations > 20
     assert expected
     rng, kills, ends = random.Random(seed), 0, 0
     while kills < n_kills:
-        killed = folder / "killed"
+        shutil.rmtree(place)
+        shutil.copytree(start, place)
         for _ in range(rng.randint(1, 4)):  # kills on the way to one end
-            killed.mkdir(exist_ok=True)
-            kills += run_killed(partial(job, killed), killed, rng.randint(1, n_operations)) == -1
-        run_killed(partial(job, killed), killed, None)
-        assert digest(killed, "cache") == expected
-        assert hidden(killed) == []
+            kills += run_killed(partial(job, place), place, rng.randint(1, n_operations)) == -1
+        run_killed(partial(job, place), place, None)
+        assert digest(place, "cache") == expected
+        assert hidden(place) == []
         ends += 1
-        shutil.rmtree(killed)
     print(f"{kills} kills on the way to {ends} ends, {n_operations} file operations each")  # noqa: T201
 
 
@@ -49,3 +74,60 @@ def test_killed_a_few_times(jobs: dict[str, Job], tmp_path: Path, name: str) -> 
 def test_killed_ten_times(jobs: dict[str, Job], tmp_path: Path, name: str, seed: int) -> None:
     """Two hundred kills in all."""
     attack(jobs[name], tmp_path, n_kills=10, seed=100 + seed)
+
+
+MEASURING = (
+    "frontier",
+    "frontier, more",
+    "scores",
+    "scores, more",
+    "data",
+    "data, deeper",
+    "dashboard",
+    "dashboard, deeper",
+)
+
+
+@pytest.mark.parametrize("name", ["frontier", "scores", "data"])
+def test_measuring_killed_a_few_times(others: dict[str, tuple[Job, ...]], tmp_path: Path, name: str) -> None:
+    *earlier, job = others[name]
+    attack(job, tmp_path, 3, len(name), *earlier)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MEASURING)
+def test_measuring_killed_25_times(others: dict[str, tuple[Job, ...]], tmp_path: Path, name: str) -> None:
+    *earlier, job = others[name]
+    attack(job, tmp_path, 25, 100 + len(name), *earlier)
+
+
+LAST = {"statistics": "statistics.json", "graph": "graph.json", "delphi": "config.json"}
+"""By job: the file without which a folder holds no result."""
+
+
+@pytest.mark.parametrize("name", ["statistics", "graph", "probing", "delphi", "command"])
+def test_a_result_that_takes_the_place_of_another(
+    tiny_model: Any, words: list[str], tmp_path: Path, name: str
+) -> None:
+    """Killed at every operation: the old result, the new one, or none, and never parts of both."""
+    jobs = overwriting_jobs(tiny_model, words)[name]
+    results = []
+    for i, job in enumerate(jobs):
+        (tmp_path / str(i)).mkdir()
+        run_killed(partial(job, tmp_path / str(i)), tmp_path, None)
+        results.append(digest(tmp_path / str(i)))
+    assert results[0] != results[1]
+    place, at, killed, ends = tmp_path / "place", 0, True, set()
+    while killed:
+        at += 1
+        shutil.copytree(tmp_path / "0", place)
+        killed = run_killed(partial(jobs[1], place), place, at) == -1
+        found = {file: content for file, content in digest(place).items() if "/." not in f"/{file}"}
+        is_whole = name not in LAST or any(Path(file).name == LAST[name] for file in found)
+        ends.add(results.index(found) if is_whole else None)
+        run_killed(partial(jobs[1], place), place, None)
+        assert digest(place) == results[1]
+        assert hidden(place) == []
+        shutil.rmtree(place)
+    assert at > 8
+    assert ends >= {0, 1}

@@ -510,6 +510,7 @@ def test_a_complete_folder_is_read(tiny_model, tokens, tmp_path, monkeypatch):
     monkeypatch.setattr(firings, "read_batch", None)
     again = collect(sae, tiny_model, tokens, folder=tmp_path)
     assert same(again, data)
+    assert not (tmp_path / "collecting").exists()
 
 
 @pytest.mark.parametrize("interrupted", [True, False])

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from mxd_lens.analysis.weights import coactive_experts, mean_gate_share, similar_experts
 from mxd_lens.architectures.base import expert_ids
-from mxd_lens.artifacts.files import full_path, locked
+from mxd_lens.artifacts.files import full_path, locked, remove_stale_partials
 from mxd_lens.artifacts.identity import RunIdentity
 from mxd_lens.dashboards.collect.data import (
     FILENAMES,
@@ -98,6 +98,7 @@ def collect_dashboard(
         if is_new:
             data.save(folder)
         else:
+            remove_stale_partials(folder.parent)
             logger.info("%s holds these data already.", folder)
     return data
 

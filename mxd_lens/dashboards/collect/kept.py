@@ -16,7 +16,7 @@ class Kept:
     """Tensors by the name of a stage. Without a folder nothing is kept.
 
     Args:
-        folder: where; made if it does not exist.
+        folder: where; made when something is saved.
         identity: of the collection.
 
     Raises:
@@ -25,14 +25,10 @@ class Kept:
 
     def __init__(self, folder: Path | None, identity: RunIdentity) -> None:
         self.folder = folder
-        if folder is None:
-            return
-        file = folder / IDENTITY_FILENAME
-        if file.is_file():
-            known = RunIdentity.from_dict(json.loads(file.read_text(encoding="utf-8")))
-            known.require(identity, folder.parent)
-        else:
-            write_json(file, identity.to_dict())
+        self.identity = identity
+        if folder is not None and (folder / IDENTITY_FILENAME).is_file():
+            content = (folder / IDENTITY_FILENAME).read_text(encoding="utf-8")
+            RunIdentity.from_dict(json.loads(content)).require(identity, folder.parent)
 
     def load(self, stage: str) -> dict[str, Tensor]:
         """What was kept of a stage; nothing if it has not begun."""
@@ -42,5 +38,7 @@ class Kept:
     def save(self, stage: str, state: dict[str, Tensor]) -> None:
         """Keep the state of a stage."""
         if self.folder is not None:
+            if not (self.folder / IDENTITY_FILENAME).is_file():
+                write_json(self.folder / IDENTITY_FILENAME, self.identity.to_dict())
             with atomic_file(self.folder / f"{stage}.safetensors") as partial:
                 save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, partial)

@@ -54,6 +54,7 @@ from mxd_lens.architectures import (
 )
 from mxd_lens.architectures.mxd import HIDDEN_ACTIVATIONS
 from mxd_lens.architectures.saved import few
+from mxd_lens.artifacts.files import atomic_folder
 from mxd_lens.pretrained.formats.checkpoint_file import (
     DESCRIBED_MODULE,
     Described,
@@ -151,9 +152,10 @@ def convert(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is not an empty folder, and nothing is overwritten: name another.")
     layer, sparsity = load_reference_checkpoint_with_sparsity(path, device, dtype)
-    layer.save_model(folder)
-    if sparsity is not None:
-        save_file({"sparsity": sparsity}, folder / SPARSITY_FILENAME)
+    with atomic_folder(folder) as partial:
+        layer.save_model(partial)
+        if sparsity is not None:
+            save_file({"sparsity": sparsity}, partial / SPARSITY_FILENAME)
     return layer
 
 
