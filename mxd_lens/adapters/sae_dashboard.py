@@ -24,7 +24,7 @@ import io
 import json
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from mxd_lens.analysis.logit_lens import direction_logits
 from mxd_lens.analysis.statistics import ExpertStatistics, expert_statistics
 from mxd_lens.architectures.base import expert_ids
 from mxd_lens.artifacts.files import write_text
+from mxd_lens.hooks.positions import in_slice
 from mxd_lens.hooks.site import check_fits, hook_names
 from mxd_lens.models import check_tokens, model_first, ordinary_tokens, special_token_ids
 
@@ -192,7 +193,10 @@ def run_sae_dashboard(
         "verbose": progress,
     }
     settings = defaults | settings
-    seen = SeenLayer(sae, _directions(sae, ids, statistics)), SeenModel(model, settings["ignore_tokens"])
+    seen = (
+        SeenLayer(sae, _directions(sae, ids, statistics)),
+        SeenModel(model, settings["ignore_tokens"], sae.cfg.metadata.seqpos_slice),
+    )
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it prints a table, empty
         warnings.filterwarnings("ignore", category=UserWarning, module="eindex")
         data = runner(config(**settings)).run(*seen, tokens=tokens)
@@ -270,12 +274,16 @@ class SeenModel:
     """A model as SAEDashboard's runner reads it.
 
     Its W_U has the final norm's weight in it: the runner multiplies directions with W_U, which is right where
-    the norm is folded into it. And what is read of it is 0 at ignored tokens: the runner leaves those out of
-    what it shows and of the density, but would count what an expert does there in its correlations.
+    the norm is folded into it. And what is read of it is 0 at ignored tokens, and at positions outside the
+    slice that the layer was trained on: the runner leaves these tokens out of what it shows and of the
+    density, but would count what an expert does there in its correlations, and knows no slice.
     """
 
-    def __init__(self, model: Any, ignored: Iterable[int]) -> None:
+    def __init__(
+        self, model: Any, ignored: Iterable[int], seqpos_slice: Sequence[int | None] | None = None
+    ) -> None:
         self._model = model
+        self._seqpos_slice = seqpos_slice
         self._ignored = sorted(ignored)
         self.W_U = direction_logits(model, torch.eye(len(model.W_U), device=model.W_U.device))
 
@@ -285,7 +293,7 @@ class SeenModel:
     def run_with_hooks(
         self, tokens: Int[Tensor, "sequences positions"], fwd_hooks: list[tuple[str, Any]], **settings: Any
     ) -> Tensor:
-        kept = ordinary_tokens(self._model, tokens, self._ignored)
+        kept = ordinary_tokens(self._model, tokens, self._ignored) & in_slice(tokens, self._seqpos_slice)
 
         def of_kept(read: Any) -> Any:
             def hook_fn(x: Tensor, hook: Any) -> None:

@@ -109,6 +109,17 @@ def test_what_is_shown_is_what_encode_gives(kind, context, tiny_model, tokens, t
 
 
 @needs_sae_dashboard
+def test_positions_that_the_layer_was_not_trained_on_are_not_shown(tiny_model, tokens):
+    sae = make_layer(LAYERS[0], "float32")
+    sae.cfg.metadata.seqpos_slice = (4, None)
+    a = activations(sae, tiny_model, tokens)
+    a[:, :4] = 0
+    (n,) = experts = busiest(a, 1)
+    pages = run_sae_dashboard(tiny_model, sae, tokens, experts, context=None, progress=False)
+    check_top(pages, n, a, None)
+
+
+@needs_sae_dashboard
 def test_the_norms_weight_is_in_the_logits(tiny_model, tokens):
     sae = make_layer("topk_transcoder, k", "float32")
     n = busiest(activations(sae, tiny_model, tokens), 1)
