@@ -2,19 +2,13 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 from killing import hidden, in_processes
-from resumable_jobs import Job, digest, measuring_jobs, training_jobs
+from resumable_jobs import Job, digest
 
 TOLD = ("LockedError", "FileExistsError")
 """What the loser is told: another process is writing there, or has written there already."""
-
-
-@pytest.fixture
-def jobs(tiny_model: Any, words: list[str]) -> dict[str, Job]:
-    return training_jobs(tiny_model, words)
 
 
 @pytest.mark.parametrize("name", ["single", "several"])
@@ -54,11 +48,18 @@ def test_one_activation_cache(jobs: dict[str, Job], tmp_path: Path, pair: int) -
     assert hidden(tmp_path) == []
 
 
-def test_one_sweep(tiny_model: Any, words: list[str], tmp_path: Path) -> None:
-    """Both would write frontier.json, each without what the other measured."""
-    (sweep,) = measuring_jobs(tiny_model, words)["frontier"]
-    answers = in_processes(*[partial(sweep, tmp_path)] * 2)
+@pytest.mark.parametrize(("name", "said"), [("frontier", "sweep"), ("data", "dashboard")])
+@pytest.mark.parametrize("pair", range(3))
+def test_one_result(
+    others: dict[str, tuple[Job, ...]], tmp_path: Path, name: str, said: str, pair: int
+) -> None:
+    """A sweep would lose what the other one measured, a dashboard's data would be of both."""
+    for folder in ("alone", "both"):
+        (tmp_path / folder).mkdir()
+    assert in_processes(partial(others[name][0], tmp_path / "alone")) == [""]
+    answers = in_processes(*[partial(others[name][0], tmp_path / "both")] * 2)
     assert "" in answers
     for answer in answers:
-        assert not answer or "is in use by another sweep" in answer, answer
-    assert hidden(tmp_path) == []
+        assert not answer or f"is in use by another {said}" in answer, answer
+    assert digest(tmp_path / "both") == digest(tmp_path / "alone")
+    assert hidden(tmp_path / "both") == []

@@ -3,22 +3,18 @@
 import errno
 import os
 import shutil
+import subprocess
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 from killing import hidden, in_processes, run_failing
-from resumable_jobs import Job, digest, training_jobs
+from resumable_jobs import Job, digest
 
 from mxd_lens import TranscoderTrainingRunner
 
 ERRORS = {"full": errno.ENOSPC, "read-only": errno.EROFS, "quota": errno.EDQUOT}
-
-
-@pytest.fixture
-def jobs(tiny_model: Any, words: list[str]) -> dict[str, Job]:
-    return training_jobs(tiny_model, words)
 
 
 @pytest.mark.slow
@@ -46,6 +42,50 @@ def test_at_any_operation_it_is_one_line_and_it_resumes(
         assert in_processes(partial(jobs[name], folder)) == [""]
         assert digest(folder, "cache") == expected
         assert hidden(folder) == []
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of its own, which `resized` makes smaller and larger."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(folder)], capture_output=True, check=False)
+    if made.returncode:
+        pytest.skip("needs the right to mount a disk")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def resized(disk: Path, size: int) -> None:
+    subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["single", "cached", "several", "frontier", "scores", "data"])
+def test_a_disk_that_fills(
+    jobs: dict[str, Job], others: dict[str, tuple[Job, ...]], disk: Path, tmp_path: Path, name: str
+) -> None:
+    job = jobs[name] if name in jobs else others[name][0]
+    (tmp_path / "whole").mkdir()
+    assert in_processes(partial(job, tmp_path / "whole")) == [""]
+    expected = digest(tmp_path / "whole", "cache", "activations")
+    needed = sum(path.stat().st_size for path in (tmp_path / "whole").rglob("*") if path.is_file())
+    full = 0
+    for share in (0.2, 0.5, 0.8):
+        resized(disk, max(4096, int(share * needed)))
+        (answer,) = in_processes(partial(job, disk))
+        assert "\n" not in answer
+        assert "Errno" not in answer
+        assert not answer or os.strerror(errno.ENOSPC) in answer, answer
+        if answer or name == "frontier":  # a sweep goes on without a layer that failed
+            full += 1
+            resized(disk, 2**30)
+            assert in_processes(partial(job, disk)) == [""]
+        assert digest(disk, "cache", "activations") == expected
+        assert hidden(disk) == []
+        for path in disk.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert full  # a run may drop checkpoints, and end
 
 
 def test_a_file_in_the_place_of_the_folder(jobs: dict[str, Job], tmp_path: Path) -> None:
