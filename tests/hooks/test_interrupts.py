@@ -13,11 +13,12 @@ from attached import MODELS, PROMPT, random_mxd
 from tiny import D_MODEL
 
 from mxd_lens import ablate, evaluate, steer
+from mxd_lens.dashboards.collect.collection import collect_dashboard
 from mxd_lens.hooks.replace import Replaced
 from mxd_lens.hooks.site import hook_names
 
-N_POINTS = 35
-"""For each of six ways, 210 in all."""
+N_POINTS = 26
+"""For each of eight ways, 208 in all."""
 
 
 class Interrupt:
@@ -66,8 +67,12 @@ def replaced(model, mxd, tokens):
         model(tokens)
 
 
+def shown(model, mxd, tokens):
+    collect_dashboard(model, mxd, tokens, progress=False)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("do", [steered, evaluated, replaced])
+@pytest.mark.parametrize("do", [steered, evaluated, replaced, shown])
 @pytest.mark.parametrize("name", ["HookedSAETransformer", "SAETransformerBridge"])
 def test_an_interrupt_at_random_points(name: str, do, tiny_folder) -> None:
     model, mxd = MODELS[name](tiny_folder), random_mxd(D_MODEL)
