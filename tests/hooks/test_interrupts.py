@@ -17,8 +17,8 @@ from mxd_lens.dashboards.collect.collection import collect_dashboard
 from mxd_lens.hooks.replace import Replaced
 from mxd_lens.hooks.site import hook_names
 
-N_POINTS = 26
-"""For each of eight ways, 208 in all."""
+N_POINTS = 21
+"""For each of ten ways, 210 in all."""
 
 
 class Interrupt:
@@ -67,12 +67,23 @@ def replaced(model, mxd, tokens):
         model(tokens)
 
 
+def attached(model, mxd, tokens):
+    interrupt = sys.getprofile()
+    sys.setprofile(None)  # an interrupt inside SAELens' own attaching and detaching is not undone
+    with model.saes(saes=[mxd]):
+        sys.setprofile(interrupt)
+        try:
+            model(tokens)
+        finally:
+            sys.setprofile(None)
+
+
 def shown(model, mxd, tokens):
     collect_dashboard(model, mxd, tokens, progress=False)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("do", [steered, evaluated, replaced, shown])
+@pytest.mark.parametrize("do", [steered, evaluated, replaced, attached, shown])
 @pytest.mark.parametrize("name", ["HookedSAETransformer", "SAETransformerBridge"])
 def test_an_interrupt_at_random_points(name: str, do, tiny_folder) -> None:
     model, mxd = MODELS[name](tiny_folder), random_mxd(D_MODEL)
