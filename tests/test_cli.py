@@ -19,14 +19,24 @@ from tiny import D_MODEL, HOOK_IN, HOOK_OUT
 from typer.main import get_command
 
 import mxd_lens
-from mxd_lens import MxD, TranscoderTrainingRunner, __version__, load_layer
+from mxd_lens import (
+    MxD,
+    TranscoderTrainingRunner,
+    __version__,
+    expert_card,
+    expert_statistics,
+    find_experts,
+    load_layer,
+    load_model,
+    top_experts,
+)
 from mxd_lens.architectures.base import ARCHITECTURES
 from mxd_lens.cli import app
 from mxd_lens.cli.config_fields import COMPUTED, architecture_names, fields_of
 from mxd_lens.cli.loading import LayerSource
 from mxd_lens.cli.options import integers
 from mxd_lens.demo import run_demo
-from mxd_lens.text import token_sequences
+from mxd_lens.text import load_text, token_sequences
 from mxd_lens.training.config import NOT_SUPPORTED, TranscoderRunnerConfig
 
 # `mxd_lens.cli.train` is the module; the command of this name is inside.
@@ -260,6 +270,10 @@ BAD_LAYERS = [
     "./nowhere", "mine=./nowhere", "=", "=x", "smollm2-135m-mxd", "smollm2-135m-mxd:blocks.3.mlp",
     "smollm2-135m-mdx:blocks.11.mlp", "gemma-scope-2b-pt-ress:x", ":", "", "a b", "x:y",
 ]  # fmt: skip
+LAYER_COMMANDS = (
+    *("evaluate", "steer", "ablation", "compare", "dashboard", "probe"),
+    *("read", "find", "card", "stats"),
+)
 NOT_ZERO = {
     *("training_tokens", "train_batch_size_tokens", "context_size", "d_sae", "d_hidden", "sequences"),
     *("n_batches_in_buffer", "store_batch_size_prompts", "n_checkpoints_kept", "judged", "samples"),
@@ -279,7 +293,33 @@ def good_lines(layer: Path, folder: Path, text: Path, model: Path) -> dict[str, 
         "dashboard": [str(layer), "--output", str(folder / "out"), *where],
         "frontier": [str(folder / "out"), "--model", str(model), *where, "--layers", "1"],
         "probe": [str(layer), "--k", "1,2", "--candidates", "5"],
+        "read": [str(layer), "--prompt", "the cat"],
+        "find": [str(layer), "--with", "the cat", "--without", "a dog"],
+        "card": [str(layer), "--expert", "3", *where],
+        "stats": [str(layer), *where],
     }
+
+
+def test_what_is_asked_about_experts(mxd, text_file, tiny_folder, tmp_path):
+    model, sae = load_model(tiny_folder), load_layer(mxd)
+    prompt, without = "the big cat sat", ["a dog ran", "the dog slept"]
+    where = ["--model", tiny_folder]
+    tokens = token_sequences(model, load_text(str(text_file)), 8, 16)
+    counted = expert_statistics(model, sae, tokens, progress=False)
+    of_text = ["--text", text_file, "--sequences", 8]
+    results = {
+        ("read", "--prompt", prompt, "--top", 3): top_experts(model, sae, prompt, 3),
+        ("find", "--with", prompt, "--with", "a cat ran", "--without", without[0], "--without", without[1]): (
+            find_experts(model, sae, [prompt, "a cat ran"], without, progress=False)
+        ),
+        ("card", "--expert", 3, *of_text): expert_card(sae, 3, counted),
+        ("stats", *of_text): counted,
+    }
+    for (verb, *line), expected in results.items():
+        said = run(verb, mxd, *line, *where, "--json", tmp_path / "out.json").output
+        assert str(expected) in said
+        rows = json.loads((tmp_path / "out.json").read_text(), parse_constant=lambda _: 1 / 0)
+        assert [list(row) for row in rows] == [list(expected.columns)] * len(list(expected.rows))
 
 
 def test_jumprelu_has_a_penalty_in_place_of_k(small, tmp_path):
@@ -322,7 +362,7 @@ def bad_lines(good: dict[str, list[str]]) -> list[list[str]]:
                     lines.append([name, value, *line[1:]])
                 else:
                     lines.append([name, *line, f"{parameter.opts[0]}={value}"])
-        if "layer" in line[0] or name in ("evaluate", "steer", "ablation", "compare", "dashboard", "probe"):
+        if "layer" in line[0] or name in LAYER_COMMANDS:
             lines += [[name, layer, *line[1:]] for layer in BAD_LAYERS]
         lines += [[name], [name, *line, "--nosuch"], [name, *line, "--device"]]
     folder = good["evaluate"][0]

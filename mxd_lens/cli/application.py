@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -106,9 +107,11 @@ def as_json(result: Any) -> Any:
     if isinstance(result, list | tuple):
         return [as_json(value) for value in result]
     if hasattr(result, "to_pandas"):
-        return [dict(zip(result.columns, row, strict=True)) for row in result.rows]
+        return [dict(zip(result.columns, map(as_json, row), strict=True)) for row in result.rows]
     if dataclasses.is_dataclass(result) and not isinstance(result, type):
         return {f.name: as_json(getattr(result, f.name)) for f in dataclasses.fields(result)}
+    if isinstance(result, float) and not math.isfinite(result):
+        return None  # JSON has no such number
     return result if isinstance(result, str | int | float | bool | None) else str(result)
 
 
