@@ -887,12 +887,7 @@ def test_light_and_dark(browser, folder, data, page_of):
     assert shades["dark", "backgroundColor"] < 50 < 200 < shades["dark", "color"]
 
 
-NARROW = pytest.mark.xfail(
-    reason="an expert's page of long tokens is wider than 360 px since it has light pages"
-)
-
-
-@pytest.mark.parametrize("width", [pytest.param(360, marks=NARROW), 800, 1600])
+@pytest.mark.parametrize("width", [360, 800, 1600])
 def test_pages_fit_their_window(browser, folder, data, hostile_folder, width):
     for where in (folder, hostile_folder):
         experts = sorted((where / "experts").iterdir())
