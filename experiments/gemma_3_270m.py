@@ -5,7 +5,7 @@
 Both have the parameters of a transcoder with 4 x 640 features, read what the MLP reads and predict what the
 block adds to the residual stream. They are trained together through HookedTransformer and evaluated through
 SAETransformerBridge, which runs transformers' own model. FOLDER gets both layers, report.json for each,
-summary.json and README.md.
+summary.json, index.html and README.md.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from datasets import Dataset
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from torch import Tensor
 
+from experiments.at_scale_report import write
 from mxd_lens import (
     MxD,
     TopKTranscoder,
@@ -28,6 +29,7 @@ from mxd_lens import (
     replacement_hooks,
 )
 from mxd_lens.architectures.base import transcoder_parameters
+from mxd_lens.artifacts.tables import Table
 from mxd_lens.evals.faithfulness import evaluate_all
 from mxd_lens.models import GEMMA3
 from mxd_lens.text import load_text, split_text, token_sequences
@@ -95,7 +97,7 @@ def main() -> None:
         **judge(args.output, args.layer, held_out),
     }
     (args.output / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
-    (args.output / "README.md").write_text(readme(summary), encoding="utf-8")
+    report(args.output, summary)
 
 
 def judge(output: Path, layer: int, held_out: Tensor) -> dict[str, Any]:
@@ -143,43 +145,57 @@ def by_forward_hooks(model: Any, layer: int, sae: Any, tokens: Tensor) -> Tensor
             hook.remove()
 
 
-def readme(summary: dict[str, Any]) -> str:
-    """The page of the results."""
-    reports, n = summary["reports"], summary["training_tokens"]
+def report(folder: Path, summary: dict[str, Any]) -> None:
+    """The page of the results, and README.md with the same tables."""
+    reports = summary["reports"]
     first = reports["mxd"]
-    lines = [
-        "# An MLP of Gemma 3 270M",
-        "",
-        "    python -m experiments.gemma_3_270m --output FOLDER",
-        "",
-        "How well do an MxD and a TopK transcoder replace an MLP of Gemma 3, whose blocks have a norm after",
-        f"the MLP too? Block {summary['layer']}, K {summary['k']}, {first['n_parameters']:,} parameters",
-        f"each, trained on {n:,} tokens of Brown through HookedTransformer, and judged on",
-        f"{first['n_tokens']:,} held-out tokens through SAETransformerBridge. One seed.",
-        "",
-        "| layer | experts | normalised MSE | under mean ablation | cross-entropy added, nats | with the MLP "
-        "zero-ablated |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    errors = [
+        [
+            name,
+            f"{r['n_experts']:,}",
+            f"{r['normalized_mse']:.3f}",
+            f"{r['normalized_mse_mean_gate']:.3f}",
+            f"{r['ce_loss_replaced'] - r['ce_loss']:+.3f}",
+            f"{r['ce_loss_zero_ablated'] - r['ce_loss']:+.3f}",
+        ]
+        for name, r in reports.items()
     ]
-    for name, r in reports.items():
-        added, zero = r["ce_loss_replaced"] - r["ce_loss"], r["ce_loss_zero_ablated"] - r["ce_loss"]
-        lines.append(
-            f"| {name} | {r['n_experts']:,} | {r['normalized_mse']:.3f} "
-            f"| {r['normalized_mse_mean_gate']:.3f} | {added:+.3f} | {zero:+.3f} |"
-        )
-    lines += [
-        "",
-        "Is the right tensor replaced? The largest difference in any logit of 4 sequences to PyTorch's",
-        "forward hooks on transformers' `pre_feedforward_layernorm` and `post_feedforward_layernorm`:",
-        "",
-        "| layer | `replacement_hooks` | attached by SAELens | largest logit |",
-        "| --- | ---: | ---: | ---: |",
+    differences = [
+        [name, f"{d['replacement_hooks']:.1e}", f"{d['attached']:.1e}", f"{d['largest_logit']:.1f}"]
+        for name, d in summary["logits_minus_forward_hooks"].items()
     ]
-    for name, d in summary["logits_minus_forward_hooks"].items():
-        lines.append(
-            f"| {name} | {d['replacement_hooks']:.1e} | {d['attached']:.1e} | {d['largest_logit']:.1f} |"
-        )
-    return "\n".join(lines) + "\n"
+    write(
+        folder,
+        "An MLP of Gemma 3 270M",
+        "How well do an MxD and a TopK transcoder replace an MLP of Gemma 3, whose blocks have a norm after "
+        f"the MLP too? Block {summary['layer']}, K {summary['k']}, {first['n_parameters']:,} parameters "
+        f"each, trained on {summary['training_tokens']:,} tokens of Brown through HookedTransformer, and "
+        f"judged on {first['n_tokens']:,} held-out tokens through SAETransformerBridge. One seed.",
+        [
+            (
+                "Errors",
+                "The layers in place of the MLP. Cross-entropies are what is added, in nats.",
+                Table(
+                    [
+                        "layer",
+                        "experts",
+                        "normalised MSE",
+                        "under mean ablation",
+                        "cross-entropy",
+                        "with the MLP zero-ablated",
+                    ],
+                    errors,
+                ),
+            ),
+            (
+                "The right tensor",
+                "The largest difference in any logit of 4 sequences to PyTorch's forward hooks on "
+                "transformers' pre_feedforward_layernorm and post_feedforward_layernorm.",
+                Table(["layer", "replacement_hooks", "attached by SAELens", "largest logit"], differences),
+            ),
+        ],
+        "\n    python -m experiments.gemma_3_270m --output FOLDER\n",
+    )
 
 
 if __name__ == "__main__":
