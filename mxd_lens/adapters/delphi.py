@@ -7,7 +7,6 @@
 delphi's LatentDataset reads them. A dot-separated hook point is a valid HOOKPOINT.
 """
 
-import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mxd_lens.analysis.firings import firings
-from mxd_lens.artifacts.files import atomic_files
+from mxd_lens.artifacts.files import atomic_files, write_json
 from mxd_lens.hooks.site import hook_names
 from mxd_lens.models import check_tokens, model_first
 
@@ -90,5 +89,5 @@ def export_latents(
                 "tokens": tokens.cpu().contiguous(),
             }
             save_file(tensors, partial / f"{start}_{end - 1}.safetensors")
-        (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        write_json(partial / "config.json", config)
     return where

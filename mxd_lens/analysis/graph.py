@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 from mxd_lens.analysis.frozen import FrozenModel
 from mxd_lens.analysis.prompt import one_prompt
-from mxd_lens.artifacts.files import atomic_files
+from mxd_lens.artifacts.files import atomic_files, write_json
 from mxd_lens.artifacts.tables import Cell, Tabular
 from mxd_lens.hooks.site import block_of_layer
 from mxd_lens.sparse.coefficients import Active
@@ -221,7 +221,7 @@ class AttributionGraph(Tabular):
         facts["nodes"] = [asdict(node) for node in self.nodes]
         with atomic_files(folder, last="graph.json") as partial:
             save_file(tensors, partial / "graph.safetensors")
-            (partial / "graph.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+            write_json(partial / "graph.json", facts)
 
     @classmethod
     def load(cls, folder: str | Path) -> "AttributionGraph":

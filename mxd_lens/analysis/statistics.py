@@ -23,7 +23,7 @@ from mxd_lens.analysis.decomposition import ENTRIES, Parts, decompose
 from mxd_lens.analysis.firings import read
 from mxd_lens.analysis.sequences import Text
 from mxd_lens.architectures.base import expert_ids
-from mxd_lens.artifacts.files import atomic_files
+from mxd_lens.artifacts.files import atomic_files, write_json
 from mxd_lens.artifacts.identity import hash_settings, layer_identity
 from mxd_lens.artifacts.tables import Cell, Tabular
 from mxd_lens.models import model_first
@@ -207,7 +207,7 @@ class ExpertStatistics(Tabular):
         settings = {name: v for name, v in values.items() if name not in tensors}
         with atomic_files(folder, last=SETTINGS_FILENAME) as partial:
             save_file(tensors, partial / TENSORS_FILENAME)
-            (partial / SETTINGS_FILENAME).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+            write_json(partial / SETTINGS_FILENAME, settings)
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "cpu") -> "ExpertStatistics":

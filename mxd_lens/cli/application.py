@@ -14,7 +14,7 @@ from typer.core import TyperCommand
 
 from mxd_lens import __version__
 from mxd_lens.artifacts.files import write_text
-from mxd_lens.cli.options import STDOUT
+from mxd_lens.cli.options import STDOUT, message_of
 
 TRACEBACK = "MXD_LENS_TRACEBACK"
 """The environment variable that shows tracebacks."""
@@ -117,14 +117,11 @@ def as_json(result: Any) -> Any:
 
 def message(error: Exception) -> str:
     """What a person is told about an error."""
-    if isinstance(error, OSError) and error.errno is not None and error.strerror:
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}."
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"the memory is full. Use a smaller layer, batch or context. ({error})"
     expected = (ValueError, OSError, ImportError, FloatingPointError, RuntimeError, IndexError)
     if isinstance(error, expected) or type(error) is LookupError:
-        return str(error)
+        return message_of(error)
     return (
         f"{type(error).__name__}: {error}. This is a fault in mxd_lens: please report it, with what "
         f"{TRACEBACK}=1 prints."

@@ -5,10 +5,8 @@ from typing import Annotated
 import typer
 
 from mxd_lens.cli.application import command, show
-from mxd_lens.cli.loading import Layer, LayerSource, check_expert, load_its_model, sequences_of
-from mxd_lens.cli.options import Bridge, Device, HeldOut, ItsModel, Json, Skip, Text
-
-Sequences = Annotated[int, typer.Option(help="Sequences of the text to read.", min=1)]
+from mxd_lens.cli.loading import Layer, LayerSource, check_expert, load_with_model, sequences_of
+from mxd_lens.cli.options import Bridge, Device, HeldOut, ItsModel, Json, Sequences, Skip, Text
 
 
 @command
@@ -26,8 +24,7 @@ def read(
 
     from mxd_lens import top_experts
 
-    sae = source.load(device)
-    show(top_experts(load_its_model(sae, model, device, bridge), sae, prompt, k), json)
+    show(top_experts(*load_with_model(source, model, device, bridge), prompt, k), json)
 
 
 @command
@@ -48,8 +45,7 @@ def find(
 
     from mxd_lens import find_experts
 
-    sae = source.load(device)
-    show(find_experts(load_its_model(sae, model, device, bridge), sae, positive, negative, n), json)
+    show(find_experts(*load_with_model(source, model, device, bridge), positive, negative, n), json)
 
 
 @command
@@ -71,8 +67,7 @@ def card(
 
     from mxd_lens import expert_card, expert_statistics
 
-    sae = source.load(device)
-    language_model = load_its_model(sae, model, device, bridge)
+    language_model, sae = load_with_model(source, model, device, bridge)
     tokens = sequences_of(text, language_model, sae, sequences, skip, held_out)
     show(expert_card(sae, expert, expert_statistics(language_model, sae, tokens)), json)
 
@@ -94,7 +89,6 @@ def stats(
 
     from mxd_lens import expert_statistics
 
-    sae = source.load(device)
-    language_model = load_its_model(sae, model, device, bridge)
+    language_model, sae = load_with_model(source, model, device, bridge)
     tokens = sequences_of(text, language_model, sae, sequences, skip, held_out)
     show(expert_statistics(language_model, sae, tokens), json)

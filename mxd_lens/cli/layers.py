@@ -15,6 +15,7 @@ from mxd_lens.cli.loading import (
     check_expert,
     load_its_model,
     load_layers,
+    load_with_model,
     sequences_of,
     several_layers,
 )
@@ -25,6 +26,7 @@ from mxd_lens.cli.options import (
     Html,
     ItsModel,
     Json,
+    Sequences,
     Skip,
     Text,
     checked,
@@ -171,9 +173,9 @@ def steer(
 
     from mxd_lens.evals.steering import steered_samples
 
-    sae = source.load(device)
+    language_model, sae = load_with_model(source, model, device, bridge)
     result = steered_samples(
-        model=load_its_model(sae, model, device, bridge),
+        model=language_model,
         sae=sae,
         expert=expert,
         coefficient=coefficient,
@@ -245,7 +247,7 @@ def dashboard(
         ),
     ] = "",
     text: Text = "embedded",
-    sequences: Annotated[int, typer.Option(help="Sequences of the text to read.", min=1)] = 512,
+    sequences: Sequences = 512,
     skip: Skip = 0,
     held_out: HeldOut = False,
     loss_effects: Annotated[
@@ -265,8 +267,7 @@ def dashboard(
     from mxd_lens import build_dashboard
     from mxd_lens.dashboards.collect.data import CollectionConfig
 
-    sae = source.load(device)
-    language_model = load_its_model(sae, model, device, bridge)
+    language_model, sae = load_with_model(source, model, device, bridge)
     index = build_dashboard(
         model=language_model,
         sae=sae,

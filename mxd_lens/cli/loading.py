@@ -217,6 +217,12 @@ def load_its_model(sae: Any, name: str | None, device: str, bridge: bool) -> Any
     return load_language_model(name or trained_on, device, bridge)
 
 
+def load_with_model(source: LayerSource, model: str | None, device: str, bridge: bool) -> tuple[Any, Any]:
+    """A language model and a layer of it, in the order in which every function takes them."""
+    sae = source.load(device)
+    return load_its_model(sae, model, device, bridge), sae
+
+
 def sequences_of(
     text: str, model: Any, sae: Any, n_sequences: int, skip: int = 0, held_out: bool = False
 ) -> Any:

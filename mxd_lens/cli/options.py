@@ -46,9 +46,17 @@ def checked(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
         try:
             return check(value)
         except (ValueError, OSError) as e:
-            raise typer.BadParameter(str(e)) from e
+            raise typer.BadParameter(message_of(e)) from e
 
     return callback
+
+
+def message_of(error: Exception) -> str:
+    """An error's message, without the number that the operating system gives it."""
+    if isinstance(error, OSError) and error.errno is not None and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}."
+    return str(error)
 
 
 def one_of(*known: str) -> Callable[[str], str]:
@@ -196,6 +204,7 @@ Text = Annotated[
         callback=checked(is_text),
     ),
 ]
+Sequences = Annotated[int, typer.Option(help="Sequences of the text to read.", min=1)]
 Skip = Annotated[int, typer.Option(help="Rows of the text to skip first.", min=0)]
 HeldOut = Annotated[
     bool,

@@ -366,16 +366,14 @@ def members(
             )
     ks, numbers = integers(k), integers(seeds)
     found = {}
-    for block, name, sparsity, seed in product(blocks, names, ks, numbers):
-        if has_thresholds(name):
-            if sparsity != ks[0]:
-                continue
-            sparsity = 0
-        parts = [f"blocks.{block}.mlp"]
-        parts += [name] if len(names) > 1 else []
-        parts += [f"k{sparsity}"] if len(ks) > 1 and not has_thresholds(name) else []
-        parts += [f"seed{seed}"] if len(numbers) > 1 else []
-        found["-".join(parts)] = Member(block, name, sparsity, seed)
+    for block, name in product(blocks, names):
+        its_ks = [0] if has_thresholds(name) else ks
+        for sparsity, seed in product(its_ks, numbers):
+            parts = [f"blocks.{block}.mlp"]
+            parts += [name] if len(names) > 1 else []
+            parts += [f"k{sparsity}"] if len(its_ks) > 1 else []
+            parts += [f"seed{seed}"] if len(numbers) > 1 else []
+            found["-".join(parts)] = Member(block, name, sparsity, seed)
     return found
 
 

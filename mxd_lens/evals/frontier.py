@@ -404,53 +404,70 @@ def frontier(
             remove_stale(folder)
         result = Frontier(_settings(size, shared, held_out, contenders), points)
         if (output / FRONTIER_FILENAME).is_file():
-            known = Frontier.load(output)
-            _refuse_other_sweep(output, known.settings, result.settings)
-            measured = {point.name: point for point in known.points if point.reports}
-            result.points = [measured.get(point.name, point) for point in points]
-            # Points of an earlier call that this one does not ask for.
-            asked = set(cfgs)
-            result.points += [point for point in measured.values() if point.name not in asked]
-            result.settings["labels"] = known.settings["labels"] | result.settings["labels"]
-            result.settings["lr"] = known.settings["lr"] | result.settings["lr"]
-
-        def judge(names: Iterable[str]) -> None:
-            wanted = set(names)
-            together: dict[tuple[int, int], list[Point]] = {}
-            for point in result.points:
-                if point.name in wanted:
-                    together.setdefault((point.layer, point.k), []).append(point)
-            for points in together.values():
-                _judge(points, model, held_out, output)
-                result.save(output / FRONTIER_FILENAME)
-
+            _go_on_from(Frontier.load(output), result, output)
         result.save(output / FRONTIER_FILENAME)
-        todo = {point.name: cfgs[point.name] for point in result.points if not point.reports}
-        judge(name for name in todo if _is_trained(output, name))
-        todo = {name: cfg for name, cfg in todo.items() if not _is_trained(output, name)}
-        for names in _groups(output / "checkpoints", todo, layers_at_once):
-            runner = MultiTranscoderTrainingRunner(
-                {name: todo[name] for name in names},
-                output / "checkpoints",
-                resume=True,
-                override_dataset=text,
-                override_model=model,
-                beside=cfgs.values(),
-                order_seed=ORDER_SEED,
-            )
-            try:
-                runner.run()
-            except RuntimeError as e:
-                if not runner.failures:
-                    raise
-                logger.error("%s", e)
-            shutil.rmtree(output / "checkpoints", ignore_errors=True)
-            for point in result.points:
-                point.failure = runner.failures.get(point.name, point.failure)
-            result.save(output / FRONTIER_FILENAME)
-            judge(name for name in names if name not in runner.failures)
-        shutil.rmtree(output / "checkpoints", ignore_errors=True)
+        _train_and_judge(result, cfgs, model, text, held_out, output, layers_at_once)
     return result
+
+
+def _go_on_from(known: Frontier, result: Frontier, output: Path) -> None:
+    """Takes over what an earlier call measured, with points that this one does not ask for."""
+    _refuse_other_sweep(output, known.settings, result.settings)
+    measured = {point.name: point for point in known.points if point.reports}
+    asked = {point.name for point in result.points}
+    result.points = [measured.get(point.name, point) for point in result.points]
+    result.points += [point for point in measured.values() if point.name not in asked]
+    result.settings["labels"] = known.settings["labels"] | result.settings["labels"]
+    result.settings["lr"] = known.settings["lr"] | result.settings["lr"]
+
+
+def _train_and_judge(
+    result: Frontier,
+    cfgs: Mapping[str, TranscoderRunnerConfig],
+    model: Any,
+    text: HfDataset,
+    held_out: Mapping[str, Tensor],
+    output: Path,
+    layers_at_once: int,
+) -> None:
+    """Fills in the points that have no reports, and saves the result after each part."""
+
+    def judge(names: Iterable[str]) -> None:
+        wanted = set(names)
+        together: dict[tuple[int, int], list[Point]] = {}
+        for point in result.points:
+            if point.name in wanted:
+                together.setdefault((point.layer, point.k), []).append(point)
+        for points in together.values():
+            _judge(points, model, held_out, output)
+            result.save(output / FRONTIER_FILENAME)
+
+    todo = {point.name: cfgs[point.name] for point in result.points if not point.reports}
+    judge(name for name in todo if _is_trained(output, name))
+    todo = {name: cfg for name, cfg in todo.items() if not _is_trained(output, name)}
+    for names in _groups(output / "checkpoints", todo, layers_at_once):
+        runner = MultiTranscoderTrainingRunner(
+            {name: todo[name] for name in names},
+            output / "checkpoints",
+            resume=True,
+            override_dataset=text,
+            override_model=model,
+            beside=cfgs.values(),
+            order_seed=ORDER_SEED,
+        )
+        try:
+            runner.run()
+        except RuntimeError as e:
+            if not runner.failures:
+                raise
+            logger.error("%s", e)
+        shutil.rmtree(output / "checkpoints", ignore_errors=True)
+        for point in result.points:
+            point.failure = runner.failures.get(point.name, point.failure)
+        result.save(output / FRONTIER_FILENAME)
+        judge(name for name in names if name not in runner.failures)
+    # Those of a group that was killed between its end and their removal.
+    shutil.rmtree(output / "checkpoints", ignore_errors=True)
 
 
 def _run_config(

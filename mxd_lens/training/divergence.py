@@ -27,9 +27,9 @@ class Divergence:
     """The smallest median of as many points."""
     best_at: int
     """Index of the last of the points that `best` is of."""
-    worst: float = 0.0
+    worst: float
     """The largest of the last points."""
-    rise: float = 1.0
+    rise: float
     """The last error over the best one, by the measure that rose least."""
 
     FACTOR = 1.5
@@ -49,9 +49,9 @@ class Divergence:
         """
         if len(errors) < cls.WINDOW:
             return None
-        (last, best, best_at), *rest = (cls._ends(curve) for curve in (errors, *others))
-        rise = min(_ratio(last, best), *(_ratio(a, b) for a, b, _ in rest), math.inf)
-        return cls(last, best, best_at, max(errors[-cls.WINDOW :]), rise)
+        ends = [cls._ends(curve) for curve in (errors, *others)]
+        rise = min(_ratio(last, best) for last, best, _ in ends)
+        return cls(*ends[0], max(errors[-cls.WINDOW :]), rise)
 
     @classmethod
     def _ends(cls, errors: Sequence[float]) -> tuple[float, float, int]:
